@@ -1,0 +1,57 @@
+# The two commands of the README: `make pretrain` and `make test`. Each sets up what is missing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/pretrain_sample
+RECORDS := runs/records
+SOURCES := triples worldcereal benv2 pastis treesatai flair2
+
+.PHONY: env pretrain records test test-slow lint format lock
+
+env: $(VENV)/.installed
+
+# The lock names every version; the project itself is installed without looking at its own looser bounds again.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "skyjax needs Python 3.11 or newer, this is " + sys.version.split()[0]'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# Records from the real files in data/sample, one folder a source; EuroSAT is a folder of class folders.
+records: $(SOURCES:%=$(RECORDS)/%/dataset.json) $(RECORDS)/eurosat/dataset.json
+
+$(RECORDS)/eurosat/dataset.json: data/class_folder.py | env
+	$(BIN)/skyjax data build --source=$< --input=data/sample/eurosat_rgb/train --out=$(@D)
+
+$(RECORDS)/%/dataset.json: data/%.py | env
+	$(BIN)/skyjax data build --source=$< --input=data/sample/$* --out=$(@D)
+
+pretrain: records
+	$(BIN)/skyjax train --config=configs/pretrain_sample.py --workdir=$(RUN)
+	$(BIN)/skyjax eval --checkpoint=$(RUN) --task=knn --dataset=data/sample/eurosat_rgb
+	$(BIN)/skyjax eval --checkpoint=$(RUN) --task=linear --dataset=data/sample/eurosat_rgb
+	$(BIN)/skyjax report --workdir=$(RUN)
+
+test: env lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow -n 1
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# After changing a dependency in pyproject.toml: resolve anew and write down what was chosen.
+lock:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -e ".[dev]"
+	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock

@@ -1,0 +1,146 @@
+"""The whole framework on real data, small: optical, multispectral and SAR sequences of data/sample.
+
+make pretrain, or: skyjax train --config=configs/pretrain_sample.py --workdir=runs/pretrain_sample
+Two CPU cores, about 7 minutes.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Every key that the run reads, with its reason where the number is not plain."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    config.steps = 600
+    config.batch_size = 32  # global, samples
+    config.micro_batches = 1  # gradient accumulation: batch_size / micro_batches samples at a time
+    config.checkpoint = ml_collections.ConfigDict({"every": 100, "keep": 2, "keep_every": 0})
+    config.eval = ml_collections.ConfigDict({"every": 0})
+    config.log = ml_collections.ConfigDict({"every": 5})
+
+    config.data = _data()
+    config.model = _model()
+    config.objective = _objective()
+
+    config.optimizer = ml_collections.ConfigDict(
+        {
+            "learning_rate": 1e-3,
+            "final_learning_rate": 1e-5,
+            "warmup_steps": 40,
+            "weight_decay": 0.05,
+            "b1": 0.9,
+            "b2": 0.99,
+            "clip": 1.0,  # global norm of the gradient
+            # Regular expression over the parameter's path -> multiplier. Every parameter matches exactly one.
+            "learning_rate_multipliers": (("heads/.*", 1.0), ("encoder/.*", 1.0)),
+            "weight_decay_multipliers": (
+                (r".*/(bias|scale|positions|dates|extra_token|class_token|logit_scale|temperature)", 0.0),
+                (r".*/(kernel|classes)", 1.0),
+            ),
+            "teacher_momentum": 0.99,  # EMA, cosine to 1
+        }
+    )
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    return config
+
+
+def _data() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            # Folders made by `skyjax data build`, with their share of the samples.
+            "sources": (("runs/records/triples", 1.0),),
+            "threads": 2,
+            "prefetch": 4,  # batches
+            # Fixed number of dates a view: drawn from the valid ones, masked where there are fewer.
+            "dates": {"optical": 1, "multispectral": 4, "sar": 4},
+            "global_views": {
+                "size": {"optical": 64, "multispectral": 8, "sar": 8},  # pixels a side
+                "area": (0.5, 1.0),  # share of the site
+            },
+            "local_views": {
+                "count": 2,
+                "size": {"optical": 32, "multispectral": 4, "sar": 4},
+                "area": (0.15, 0.4),
+                "dates": {"optical": 1, "multispectral": 2, "sar": 2},
+            },
+            "augment": {
+                "date_jitter": 5,  # days, uniform, student only
+                "drop_date": 0.2,  # student only
+                "drop_modality": 0.2,
+                "brightness": 0.3,
+                "contrast": 0.3,
+                "saturation": 0.3,
+                "blur": 0.3,  # probability
+                "solarize": 0.1,  # probability
+                "speckle": 0.5,  # dB, standard deviation, SAR
+                "gain": 1.0,  # dB, SAR
+            },
+        }
+    )
+
+
+def _model() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "dtype": "float32",  # of the compute; parameters are float32
+            "remat": "none",  # or "full": recompute each block in the backward pass
+            "scan": True,
+            "drop_path": 0.05,
+            "modalities": {
+                "optical": {
+                    "kind": "swin_v2",
+                    "sensors": ("rgb", "aerial"),
+                    "bands": ("red", "green", "blue"),
+                    "patch_size": 4,
+                    "width": 48,
+                    "depths": (2, 2, 2),
+                    "heads": (2, 4, 8),
+                    "window": 4,
+                    "extra_norm_every": 6,
+                },
+                "multispectral": {
+                    "kind": "vit",
+                    "sensors": ("sentinel2-l2a",),
+                    "bands": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
+                    "patch_size": 2,
+                    "image_size": 8,  # of the learned position embedding; resized for other sizes
+                    "width": 96,
+                    "depth": 4,
+                    "heads": 4,
+                    "up_factor": 2,  # up-head: one token -> up_factor x up_factor cells
+                },
+                "sar": {
+                    "kind": "vit",
+                    "sensors": ("sentinel1-grd",),
+                    "bands": ("VV", "VH"),
+                    "patch_size": 2,
+                    "image_size": 8,
+                    "width": 96,
+                    "depth": 4,
+                    "heads": 4,
+                    "up_factor": 2,
+                },
+            },
+            "spatial_width": 192,  # of every modality after its up-head; optical's last stage has it by itself
+            "fusion": {"width": 128, "depth": 2, "heads": 4},
+        }
+    )
+
+
+def _objective() -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(
+        {
+            "kind": "dino",  # or "infonce"
+            "classes": 512,
+            "head_hidden": 256,
+            "head_bottleneck": 64,
+            "student_temperature": 0.1,
+            "teacher_temperature": (0.04, 0.07),  # start, end; cosine
+            "sinkhorn_iterations": 3,
+            "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.1},
+            "pixel": {"tokens": 16},  # places scored a sample and date
+            "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
+            "alignment": {"temperature": 0.1},  # where the learned temperature starts
+            "rank_alarm": 2.0,  # warn when the effective rank of the fused features falls below
+        }
+    )

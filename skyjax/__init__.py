@@ -1,0 +1,37 @@
+"""skyjax pre-trains remote-sensing foundation models in JAX.
+
+model = skyjax.load("runs/pretrain_sample")
+features = model.encode(sample)["pooled"]
+"""
+
+import importlib.metadata
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from skyjax.train.pretrained import Pretrained
+
+__version__ = importlib.metadata.version("skyjax")
+
+# jaxlib 0.10.2 has a CPU fusion that can give wrong numbers silently (docs/findings.md); an empty value turns it off.
+# It must stand in XLA_FLAGS before jax starts its backend, so it is set here, on the first import of skyjax.
+_JAXLIB_WITH_WRONG_FUSION = ("0.10.2",)
+_FUSION_OFF = "--xla_cpu_experimental_ynn_fusion_type="
+
+
+def _turn_wrong_fusion_off() -> None:
+    if importlib.metadata.version("jaxlib") not in _JAXLIB_WITH_WRONG_FUSION:
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _FUSION_OFF not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_FUSION_OFF}".strip()
+
+
+_turn_wrong_fusion_off()
+
+
+def load(path: str | os.PathLike[str]) -> "Pretrained":
+    """A pre-trained model from a run's directory or one of its checkpoints, with its config and statistics."""
+    from skyjax.train.pretrained import Pretrained
+
+    return Pretrained.load(path)

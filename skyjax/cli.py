@@ -1,0 +1,188 @@
+"""The `skyjax` command: one verb, one thin function. A verb imports its room only when it is called."""
+
+import argparse
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from skyjax.errors import UserError, nearest
+
+EXIT_USER_ERROR = 2
+
+Verb = Callable[[argparse.Namespace, list[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Returns:
+      The exit code: 0 done, 1 crash, 2 the user's mistake, 75 preempted and nothing lost, 124 hung.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    known, rest = _parser().parse_known_args(arguments)
+    overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
+    stray = [word for word in rest if not word.startswith("--config.")]
+    try:
+        if stray:
+            raise UserError(f'"{stray[0]}" is not understood{nearest(stray[0].split("=")[0], known.flags)}')
+        if overrides and "config" not in known:
+            raise UserError(f'"--config.{overrides[0]}" has no meaning here: only train takes a config')
+        return known.run(known, overrides)
+    except UserError as error:
+        print(f"skyjax: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="skyjax",
+        description="Pre-trains remote-sensing foundation models in JAX.",
+        epilog="example: skyjax train --config=configs/pretrain_sample.py --workdir=runs/first",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    _add_train(verbs)
+    _add_eval(verbs)
+    _add_report(verbs)
+    _add_data(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Verb, about: str, example: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=about, description=about, epilog=f"example: {example}", allow_abbrev=False
+    )
+    parser.set_defaults(run=run, flags=parser._option_string_actions)
+    return parser
+
+
+def _add_train(verbs: Any) -> None:
+    train = _verb(
+        verbs,
+        "train",
+        _train,
+        "Trains; goes on by itself if the directory holds a checkpoint.",
+        "skyjax train --config=configs/pretrain_sample.py --workdir=runs/first --config.steps=200",
+    )
+    train.add_argument("--config", required=True, help="a Python file with get_config(); --config.KEY=VALUE overrides")
+    train.add_argument("--workdir", type=pathlib.Path, help="gets config, metrics, checkpoints and report")
+    train.add_argument("--dry-run", action="store_true", help="print config and parameter table; allocate nothing")
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.config import load_config
+    from skyjax.evals.report import write_report
+    from skyjax.train import loop
+
+    config = load_config(options.config, overrides)
+    if options.dry_run:
+        loop.dry_run(config)
+        return 0
+    if options.workdir is None:
+        raise UserError("train: --workdir=DIR is missing; it gets config, metrics, checkpoints and report")
+    return loop.train(config, options.workdir, report=write_report)
+
+
+def _add_eval(verbs: Any) -> None:
+    from skyjax.evals import probe
+
+    evaluate = _verb(
+        verbs,
+        "eval",
+        _eval,
+        "Probes the frozen features of a checkpoint, beside the baselines that keep everybody honest.",
+        "skyjax eval --checkpoint=runs/first --task=knn --dataset=data/sample/eurosat_rgb",
+    )
+    probe.add_arguments(evaluate)
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.evals import probe
+
+    probe.from_arguments(options)
+    return 0
+
+
+def _add_report(verbs: Any) -> None:
+    report = _verb(
+        verbs,
+        "report",
+        _report,
+        "Writes report.html anew: curves, probes, pictures. Training and eval call it by themselves.",
+        "skyjax report --workdir=runs/first",
+    )
+    report.add_argument("--workdir", type=pathlib.Path, required=True)
+
+
+def _report(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.evals.report import write_report
+
+    print(write_report(options.workdir))
+    return 0
+
+
+def _add_data(verbs: Any) -> None:
+    data = verbs.add_parser("data", help="Makes, measures and pictures data sets.")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    build = _verb(
+        actions,
+        "build",
+        _data_build,
+        "Turns the files of a source into records.",
+        "skyjax data build --source=data/triples.py --input=data/sample/triples --out=runs/records/triples",
+    )
+    build.add_argument("--source", type=pathlib.Path, required=True, help="a builder: data/X.py")
+    build.add_argument("--input", type=pathlib.Path, required=True, help="folder of the source's own files")
+    build.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the records")
+
+    stats = _verb(
+        actions,
+        "stats",
+        _data_stats,
+        "Mean and std of each band over valid, clear pixels, beside the values of the sensor table.",
+        "skyjax data stats --dataset=runs/records/triples",
+    )
+    stats.add_argument("--dataset", type=pathlib.Path, required=True, help="a folder made by data build")
+    stats.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
+
+    show = _verb(
+        actions,
+        "show",
+        _data_show,
+        "A contact sheet (PNG): all dates of a site side by side, clouds marked.",
+        "skyjax data show --dataset=runs/records/triples --out=triples.png --sites=4",
+    )
+    show.add_argument("--dataset", type=pathlib.Path, required=True, help="a folder made by data build")
+    show.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
+    show.add_argument("--sites", type=int, default=4, help="how many of the first sites (default 4)")
+
+
+def _data_build(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.input.build import build
+
+    print(build(options.source, options.input, options.out))
+    return 0
+
+
+def _data_stats(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.input.statistics import print_table, stats
+
+    rows = stats(options.dataset)
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    return 0
+
+
+def _data_show(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.input.contact_sheet import contact_sheet
+    from skyjax.input.records import RecordSource
+
+    source = RecordSource(options.dataset)
+    contact_sheet([source[i] for i in range(min(options.sites, len(source)))], options.out)
+    print(options.out)
+    return 0

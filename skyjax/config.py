@@ -1,0 +1,105 @@
+"""One way to load an experiment: a Python file with `get_config()`, then `--config.key=value` overrides.
+
+A key that does not exist or a value of another type is the user's error, named with its nearest key.
+"""
+
+import ast
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from skyjax.errors import UserError, nearest
+
+
+def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The config of a file, with overrides written as "key=value" or "a.b.c=value".
+
+    Raises:
+      UserError: the file is missing or has no get_config(); a key is unknown; a value does not fit its key.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f'config: there is no file "{path}"')
+    spec = importlib.util.spec_from_file_location(f"skyjax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f'config: "{path}" is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f'config: "{path}" line {error.lineno} is not Python: {error.msg}') from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f'config: "{path}" has no function get_config()')
+    config = module.get_config()
+    for override in overrides:
+        key, found, text = override.partition("=")
+        if not found:
+            raise UserError(f'config: "--config.{key}" needs a value: --config.{key}=VALUE')
+        _override(config, key, text)
+    return config.lock()
+
+
+def read_config(path: str | pathlib.Path) -> ml_collections.ConfigDict:
+    """The config that a run saved as JSON."""
+    try:
+        return ml_collections.ConfigDict(json.loads(pathlib.Path(path).read_text())).lock()
+    except (OSError, ValueError) as error:
+        raise UserError(f'config: "{path}" cannot be read: {error}') from error
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The config as indented JSON; tuples become lists."""
+    return json.dumps(config.to_dict(), indent=1, sort_keys=True)
+
+
+def keys(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Every key with its parents, as it is written on the command line."""
+    for key, value in config.items():
+        yield prefix + key
+        if isinstance(value, ml_collections.ConfigDict):
+            yield from keys(value, f"{prefix}{key}.")
+
+
+def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent] if isinstance(node, ml_collections.ConfigDict) and parent in node else None
+    if not isinstance(node, ml_collections.ConfigDict) or last not in node:
+        raise UserError(f'config: "{key}" does not exist{_nearest_key(key, config)}')
+    old = node[last]
+    if isinstance(old, ml_collections.ConfigDict):
+        raise UserError(f'config: "{key}" is a group; set one of {", ".join(f"{key}.{k}" for k in old)}')
+    with node.unlocked():
+        node[last] = _parse(key, text, old)
+
+
+def _nearest_key(key: str, config: ml_collections.ConfigDict) -> str:
+    return nearest(key, keys(config)).replace("; did you mean", "; nearest:").rstrip("?")
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """`text` as a value of the type that stands there now; None may become anything."""
+    if isinstance(old, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, bool) or old is None:
+        fits = old is None or isinstance(value, bool)
+    elif isinstance(old, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
+    elif isinstance(old, tuple | list):
+        value = tuple(value) if isinstance(value, tuple | list) else (value,)
+        fits = True
+    else:
+        fits = type(value) is type(old)
+    if not fits:
+        raise UserError(f'config: "{key}" is a {type(old).__name__} ({old!r}); "{text}" is not')
+    return value

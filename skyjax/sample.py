@@ -1,0 +1,110 @@
+"""What flows: a sample of one site as it is stored, and the batch of views that training consumes.
+
+A `Sample` is what a record holds and what a user hands to `model.encode`. A batch is a plain nested dict of arrays
+with static shapes, so that grain, `jax.jit` and `device_put` see no types of ours. Axis letters: `b` batch, `v` views,
+`t` dates, `h w` pixels, `c` bands.
+
+A batch as the loader yields it (numpy, stored types) and as the device receives it:
+
+    {"index": (b,) uint32 position in the global order, "lonlat": (b, 2) float32, "bad": (b,) bool,
+     "global": views, "local": views}                                            # "local" only where local views exist
+
+    views = {"to_view": (b, v, 2, 3) float32, MODALITY: images, ...}
+
+    images = {"values": (b, v, t, h, w, c) as stored, "days": (b, v, t) int32, "student_days": (b, v, t) int32,
+              "valid": (b, v, t) bool, "student_valid": (b, v, t) bool, "clear": (b, v, t, h, w) bool,
+              "sensor": (b,) int32 row of the statistics table, "bands": (b, c) bool}
+
+`valid` is what the teacher sees; `student_valid` and `student_days` are after dropping and jitter. `to_view` maps
+(row, column) in the sample's unit square to the view's unit square, flips and quarter turns included.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int32
+
+from skyjax.errors import BadRecord
+
+MODALITIES = ("optical", "multispectral", "sar")
+STORED_TYPES = ("uint8", "uint16", "int16", "float32")
+
+Batch = dict[str, Any]
+Images = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One modality's images of one site.
+
+    Attributes:
+      values: pixels in the sensor's unit, as stored.
+      days: days since 1970-01-01 of each date, in order.
+      valid: whether a date is there.
+      clear: whether a pixel was measured and is not cloud, shadow, snow or nodata.
+      sensor: key in sensors.toml.
+      bands: names of `values`' last axis, in order.
+      extent: top, left, bottom, right in metres north and east of `Sample.lonlat`; top > bottom, right > left.
+    """
+
+    values: np.ndarray  # (t, h, w, c), one of STORED_TYPES
+    days: Int32[np.ndarray, "t"]
+    valid: Bool[np.ndarray, "t"]
+    clear: Bool[np.ndarray, "t h w"]
+    sensor: str
+    bands: tuple[str, ...]
+    extent: Float[np.ndarray, "4"]
+
+    def __post_init__(self) -> None:
+        values, t = self.values, len(self.days)
+        expect = {
+            "values has four axes (t, h, w, c)": values.ndim == 4,
+            f"values is one of {', '.join(STORED_TYPES)}": values.dtype.name in STORED_TYPES,
+            "there are as many band names as bands": values.ndim == 4 and values.shape[3] == len(self.bands),
+            "band names differ": len(set(self.bands)) == len(self.bands),
+            "every date has a day": values.shape[0] == t,
+            "every date has a valid flag": self.valid.shape == (t,) and self.valid.dtype == bool,
+            "clear has the shape (t, h, w)": self.clear.shape == values.shape[:3] and self.clear.dtype == bool,
+            "dates are in order": bool(np.all(np.diff(self.days) >= 0)),
+            "extent is top, left, bottom, right with top > bottom and right > left": self.extent.shape == (4,)
+            and bool(self.extent[0] > self.extent[2] and self.extent[3] > self.extent[1]),
+        }
+        for rule, holds in expect.items():
+            if not holds:
+                raise BadRecord(
+                    f"{self.sensor}: a sequence of shape {values.shape}, {values.dtype}, {len(self.bands)} bands and"
+                    f" {t} days breaks the rule that {rule}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One place with its sequences, position and texts. An absent modality is not in `sequences`.
+
+    Attributes:
+      sequences: modality -> sequence.
+      lonlat: degrees, NaN where unknown.
+      texts: captions; may be empty.
+      labels: name -> class number, multi-hot vector or (h, w) map; -1 unlabelled.
+      id: unique within its source.
+      source: name of the collection.
+    """
+
+    sequences: Mapping[str, Sequence]
+    lonlat: Float[np.ndarray, "2"]
+    texts: tuple[str, ...] = ()
+    labels: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    id: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.sequences) - set(MODALITIES)
+        if unknown:
+            raise BadRecord(f"{self.id}: unknown modality {sorted(unknown)}; known: {', '.join(MODALITIES)}")
+
+
+def empty_sample(sample_id: str, source: str) -> Sample:
+    """What stands in the place of a bad record: no valid date of any modality."""
+    return Sample({}, np.full(2, np.nan, np.float32), id=sample_id, source=source)
