@@ -6,6 +6,8 @@ features = model.encode(sample)["pooled"]
 
 import importlib.metadata
 import os
+import sys
+import warnings
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,8 +25,17 @@ def _turn_wrong_fusion_off() -> None:
     if importlib.metadata.version("jaxlib") not in _JAXLIB_WITH_WRONG_FUSION:
         return
     flags = os.environ.get("XLA_FLAGS", "")
-    if _FUSION_OFF not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_FUSION_OFF}".strip()
+    if _FUSION_OFF in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_FUSION_OFF}".strip()
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    if bridge is not None and bridge.backends_are_initialized():
+        warnings.warn(
+            f"jax computed before skyjax was imported, too late to turn off a wrong fusion of jaxlib on the CPU:"
+            f" import skyjax first, or set XLA_FLAGS={_FUSION_OFF}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 _turn_wrong_fusion_off()
