@@ -24,9 +24,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Float, Int, Int32, Shaped
 
 from skyjax.errors import BadRecord
+from skyjax.sensors import get_sensor
 
 MODALITIES = ("optical", "multispectral", "sar")
 STORED_TYPES = ("uint8", "uint16", "int16", "float32")
@@ -58,13 +59,17 @@ class Sequence:
     extent: Float[np.ndarray, "4"]
 
     def __post_init__(self) -> None:
-        values, t = self.values, len(self.days)
+        values, t, names = self.values, len(self.days), get_sensor(self.sensor).names
+        strange = [band for band in self.bands if band not in names]
+        if strange:
+            get_sensor(self.sensor).index(strange[0])  # names the nearest; passes where the common name was used
+            raise BadRecord(f'{self.sensor}: band "{strange[0]}" goes by its own name in a sequence: {" ".join(names)}')
         expect = {
             "values has four axes (t, h, w, c)": values.ndim == 4,
             f"values is one of {', '.join(STORED_TYPES)}": values.dtype.name in STORED_TYPES,
             "there are as many band names as bands": values.ndim == 4 and values.shape[3] == len(self.bands),
             "band names differ": len(set(self.bands)) == len(self.bands),
-            "every date has a day": values.shape[0] == t,
+            "every date has a day": self.days.shape == values.shape[:1],
             "every date has a valid flag": self.valid.shape == (t,) and self.valid.dtype == bool,
             "clear has the shape (t, h, w)": self.clear.shape == values.shape[:3] and self.clear.dtype == bool,
             "dates are in order": bool(np.all(np.diff(self.days) >= 0)),
@@ -103,6 +108,83 @@ class Sample:
         unknown = set(self.sequences) - set(MODALITIES)
         if unknown:
             raise BadRecord(f"{self.id}: unknown modality {sorted(unknown)}; known: {', '.join(MODALITIES)}")
+        for modality, sequence in self.sequences.items():
+            own = get_sensor(sequence.sensor).modality
+            if own != modality:
+                raise BadRecord(f"{self.id}: {sequence.sensor} is {own}, not {modality}")
+        if self.lonlat.shape != (2,):
+            raise BadRecord(f"{self.id}: lonlat has the shape {self.lonlat.shape}, not (2,)")
+
+
+def make_sequence(
+    values: Shaped[np.ndarray, "t h w c"],
+    sensor: str,
+    bands: tuple[str, ...],
+    *,
+    days: Int[np.ndarray, "t"],
+    clear: Bool[np.ndarray, "t h w"] | None = None,
+    gsd: float | None = None,
+    extent: Float[np.ndarray, "4"] | None = None,
+    name: str = "",
+) -> Sequence:
+    """A sequence from pixels as a source has them: dates put in order, gaps found, another unit or scale refused.
+
+    Args:
+      values: pixels of any number type that a stored type holds.
+      sensor: key in sensors.toml.
+      bands: names, exact or common, in the order of c.
+      days: days since 1970-01-01, in any order; dates of one day keep theirs.
+      clear: False where the source knows of cloud, shadow, snow or nodata. What the sensor's table says is added: a
+        pixel with nodata, NaN or an implausible value is not clear, and a date without a measured pixel is not valid.
+      gsd: metres a pixel; the sensor's where left out. The image is centred at the sample's lonlat.
+      extent: in the place of `gsd`, where the image is not centred.
+      name: of the file, for messages.
+
+    Raises:
+      BadRecord: the number of bands or dates is wrong, or the values are of another unit or scale.
+      UserError: the sensor or a band is not known.
+    """
+    table = get_sensor(sensor)
+    names = tuple(table.names[table.index(band)] for band in bands)
+    where = f"{name}: " if name else ""
+    if values.ndim != 4 or values.shape[3] != len(names):
+        found = values.shape[3] if values.ndim == 4 else f"shape {values.shape}"
+        raise BadRecord(f"{where}{found} bands; {sensor} was asked for {len(names)}: {' '.join(names)}")
+    if days.shape != values.shape[:1]:
+        raise BadRecord(f"{where}{len(days)} days for {len(values)} images of {sensor}; each image needs its date")
+    order = np.argsort(days, kind="stable")
+    values, days = stored(values)[order], days[order].astype(np.int32)
+    table.check_scale(values, name)
+    measured = table.measured(values)
+    seen = measured if clear is None else measured & clear[order]
+    _, height, width, _ = values.shape
+    return Sequence(
+        values,
+        days,
+        np.any(measured, (1, 2)),
+        seen,
+        sensor,
+        names,
+        centred(height, width, gsd or table.gsd) if extent is None else extent,
+    )
+
+
+def stored(values: np.ndarray) -> np.ndarray:
+    """The values in the first of STORED_TYPES that holds them all; float64 is rounded to float32."""
+    if values.dtype.name in STORED_TYPES:
+        return values
+    if values.dtype.kind in "biu":
+        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+        for name in STORED_TYPES[:3]:
+            if np.iinfo(name).min <= low and high <= np.iinfo(name).max:
+                return values.astype(name)
+    return values.astype(np.float32)
+
+
+def centred(height: int, width: int, gsd: float) -> Float[np.ndarray, "4"]:
+    """Extent (top, left, bottom, right) in metres of an image whose middle is the sample's lonlat."""
+    y, x = height * gsd / 2, width * gsd / 2
+    return np.array([y, -x, -y, x], np.float32)
 
 
 def empty_sample(sample_id: str, source: str) -> Sample:

@@ -1,0 +1,308 @@
+"""Samples as ArrayRecord files: each record is one sample as safetensors bytes.
+
+In: samples of any source. Out: a folder with samples-00000.array_record and so on, and dataset.json, which describes
+them. The format is documented in docs/records.md; array_record and safetensors are enough to read it.
+"""
+
+import collections
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from skyjax.errors import BadRecord, UserError
+from skyjax.sample import STORED_TYPES, Sample, Sequence
+
+FORMAT = "skyjax-sample 1"
+DESCRIPTION = "dataset.json"
+SHARD_SIZE = 256 * 2**20  # bytes
+_WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a group: a sample is read without its neighbours
+_READER_OPTIONS = "readahead_buffer_size:0"  # reads are random
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What was written: the folder, the number of samples, bytes on disk, dataset.json's content."""
+
+    folder: pathlib.Path
+    count: int
+    size: int
+    description: dict[str, Any]
+
+
+def encode(sample: Sample) -> bytes:
+    """One sample as safetensors bytes (docs/records.md)."""
+    arrays = {"lonlat": np.asarray(sample.lonlat, np.float32)}
+    for modality, sequence in sample.sequences.items():
+        arrays[f"{modality}/values"] = sequence.values
+        arrays[f"{modality}/days"] = np.asarray(sequence.days, np.int32)
+        arrays[f"{modality}/valid"] = sequence.valid
+        arrays[f"{modality}/clear"] = sequence.clear
+        arrays[f"{modality}/extent"] = np.asarray(sequence.extent, np.float32)
+    for name, label in sample.labels.items():
+        arrays[f"labels/{name}"] = np.asarray(label)
+    words = {
+        "format": FORMAT,
+        "id": sample.id,
+        "source": sample.source,
+        "texts": json.dumps(list(sample.texts), ensure_ascii=False),
+        "sequences": json.dumps({m: {"sensor": s.sensor, "bands": s.bands} for m, s in sample.sequences.items()}),
+    }
+    # safetensors writes an array's buffer as it lies in memory, whatever its strides say.
+    return safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()}, words)
+
+
+def decode(record: bytes, *, name: str = "record") -> Sample:
+    """The sample of a record.
+
+    Args:
+      record: safetensors bytes.
+      name: of the record, for messages.
+
+    Raises:
+      BadRecord: it is truncated or corrupt, or what it holds breaks the sample contract.
+    """
+    try:
+        arrays = safetensors.numpy.load(record)
+        words = _metadata(record)
+        if words.get("format") != FORMAT:
+            raise BadRecord(f'format is "{words.get("format")}", not "{FORMAT}"')
+        sequences = {
+            modality: Sequence(
+                **{field: arrays[f"{modality}/{field}"] for field in ("values", "days", "valid", "clear", "extent")},
+                sensor=told["sensor"],
+                bands=tuple(told["bands"]),
+            )
+            for modality, told in json.loads(words["sequences"]).items()
+        }
+        labels = {key.removeprefix("labels/"): array for key, array in arrays.items() if key.startswith("labels/")}
+        texts = tuple(json.loads(words["texts"]))
+        return Sample(sequences, arrays["lonlat"], texts, labels, words["id"], words["source"])
+    except UserError as error:
+        raise BadRecord(f"{name}: {error}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadRecord(f"{name} is truncated or corrupt ({len(record):,} bytes): {error}") from error
+
+
+def _metadata(record: bytes) -> dict[str, str]:
+    """The strings of a safetensors file; its own loader from bytes leaves them out."""
+    size = int.from_bytes(record[:8], "little")
+    return json.loads(record[8 : 8 + size]).get("__metadata__", {})
+
+
+def write(
+    samples: Iterable[Sample],
+    folder: str | os.PathLike[str],
+    *,
+    shard_size: int = SHARD_SIZE,
+    about: dict[str, Any] | None = None,
+) -> Summary:
+    """Writes a dataset, whole or not at all: under another name beside `folder` first, renamed when complete.
+
+    Args:
+      samples: in the order that they are to have.
+      folder: new, empty, or a dataset that is replaced.
+      shard_size: bytes of records after which the next file is begun.
+      about: more for dataset.json: licence, names of classes.
+
+    Raises:
+      UserError: there is no sample, no room, no permission, or something else stands at `folder`.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f'"{folder}" is a file; a dataset is a folder, name another')
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
+        raise UserError(f'"{folder}" holds something that is not a skyjax dataset; name another folder or empty it')
+    partial = _beside(folder)
+    try:
+        description = _write_shards(samples, partial, shard_size) | (about or {})
+        if not description["count"]:
+            raise UserError(f'"{folder}" was not written: the source gave no sample')
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n")
+        _put_in_place(partial, folder)
+    except _WriteError as error:
+        raise UserError(f'"{folder}" could not be written: {error.__cause__}; is the disk full?') from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Summary(folder, description["count"], sum(f.stat().st_size for f in folder.iterdir()), description)
+
+
+def _beside(folder: pathlib.Path) -> pathlib.Path:
+    """A new folder on the same disk, to be renamed."""
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        return pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.absolute().parent))
+    except OSError as error:
+        raise UserError(
+            f'"{folder}" cannot be written: {error.strerror}; choose a folder that you may write'
+        ) from error
+
+
+def _put_in_place(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    partial.chmod(0o777 & ~mask)  # mkdtemp made it for the owner alone
+    old = partial.with_name(f"{partial.name}-old")
+    if folder.is_dir():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _WriteError(Exception):
+    """The disk's refusal, told apart from what the source of the samples may raise."""
+
+
+class _Shard:
+    """One file being written."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self.count, self.size = path, 0, 0
+        self._writer = self._ask(ArrayRecordWriter, str(path), _WRITER_OPTIONS)
+
+    def add(self, record: bytes) -> None:
+        self._ask(self._writer.write, record)
+        self.count += 1
+        self.size += len(record)
+
+    def close(self) -> None:
+        self._ask(self._writer.close)
+
+    def _ask(self, act: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return act(*arguments)
+        except (OSError, RuntimeError) as error:  # array_record tells of a full disk by RuntimeError
+            raise _WriteError from error
+
+
+def _write_shards(samples: Iterable[Sample], folder: pathlib.Path, shard_size: int) -> dict[str, Any]:
+    shards: list[_Shard] = []
+    sources: collections.Counter[str] = collections.Counter()
+    modalities: dict[str, dict[str, Any]] = {}
+    for sample in samples:
+        if not shards or shards[-1].size >= shard_size:
+            if shards:
+                shards[-1].close()
+            shards.append(_Shard(folder / f"samples-{len(shards):05d}.array_record"))
+        shards[-1].add(encode(sample))
+        sources[sample.source] += 1
+        _describe(sample, modalities)
+    if shards:
+        shards[-1].close()
+    return {
+        "format": FORMAT,
+        "count": sum(shard.count for shard in shards),
+        "shards": [{"file": shard.path.name, "count": shard.count} for shard in shards],
+        "sources": dict(sources),
+        "modalities": modalities,
+    }
+
+
+def _describe(sample: Sample, modalities: dict[str, dict[str, Any]]) -> None:
+    """Adds a sample's sensors and bands to what dataset.json says of its modalities."""
+    for modality, sequence in sample.sequences.items():
+        entry = modalities.setdefault(modality, {"samples": 0, "dates": 0, "dtype": "uint8", "sensors": {}})
+        entry["samples"] += 1
+        entry["dates"] += len(sequence.days)
+        entry["dtype"] = widest_type((entry["dtype"], sequence.values.dtype.name))
+        bands = entry["sensors"].setdefault(sequence.sensor, [])
+        bands.extend(band for band in sequence.bands if band not in bands)
+
+
+def widest_type(names: Iterable[str]) -> str:
+    """The narrowest of STORED_TYPES that holds all of these: a batch's type where sources differ."""
+    widest = np.result_type(*names).name
+    return widest if widest in STORED_TYPES else "float32"
+
+
+class RecordSource:
+    """A dataset's samples by number: random access, safe in threads, picklable, opened when first read."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        """Opens dataset.json only.
+
+        Raises:
+          UserError: the folder, its dataset.json or one of its files is missing or not what it should be.
+        """
+        self.folder = pathlib.Path(folder)
+        path = self.folder / DESCRIPTION
+        try:
+            self.description: dict[str, Any] = json.loads(path.read_text())
+            self._files = [shard["file"] for shard in self.description["shards"]]
+            counts = [int(shard["count"]) for shard in self.description["shards"]]
+        except FileNotFoundError as error:
+            raise UserError(
+                f'"{folder}" is not a skyjax dataset (no {DESCRIPTION}); make one: skyjax data build'
+            ) from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f'"{path}" cannot be read ({error}); build the dataset again') from error
+        if self.description.get("format") != FORMAT:
+            raise UserError(f'"{path}" is of format "{self.description.get("format")}", not "{FORMAT}"; build it again')
+        missing = [name for name in self._files if not (self.folder / name).is_file()]
+        if missing:
+            raise UserError(f'"{self.folder / missing[0]}" is missing; build the dataset again')
+        self._ends = np.cumsum(counts)
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample.
+
+        Raises:
+          BadRecord: this record cannot be used; others may.
+          UserError: the whole file cannot.
+        """
+        shard, record = self._locate(index)
+        reader = self._reader(shard)
+        try:
+            data = reader.read([record])[0]
+        except (RuntimeError, IndexError) as error:
+            raise BadRecord(f"{self.name(index)} is corrupt: {error}") from error
+        return decode(data, name=self.name(index))
+
+    def __repr__(self) -> str:
+        return f"RecordSource({str(self.folder)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a copy opens its own files: readers don't travel
+
+    def name(self, index: int) -> str:
+        """The record's place, as messages say it: "samples-00007.array_record: record 1312"."""
+        shard, record = self._locate(index)
+        return f"{self._files[shard]}: record {record}"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        index = int(index) % len(self)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard not in self._readers:
+                path, want = self.folder / self._files[shard], self.description["shards"][shard]["count"]
+                reader = ArrayRecordReader(str(path), _READER_OPTIONS)
+                if not reader.ok() or reader.num_records() != want:
+                    found = (
+                        f"{reader.num_records():,} of {want:,} records" if reader.ok() else "not an ArrayRecord file"
+                    )
+                    raise UserError(f'"{path}" is empty or truncated ({found}); build the dataset again')
+                self._readers[shard] = reader
+        return self._readers[shard]
