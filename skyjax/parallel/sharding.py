@@ -1,0 +1,105 @@
+"""Sharding as data: one table from regular expressions over paths of the state to mesh axes.
+
+Paths are written "params/encoder/optical/blocks/mlp/kernel". The optimizer's moments end in the path of their
+parameter ("optimizer/0/mu/encoder/..."), so the same rule places a parameter, its teacher and its moments.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from skyjax.errors import UserError
+
+Rule = tuple[str, tuple[str | None, ...]]
+
+# Regular expression over the whole path -> mesh axes of the array's *last* axes; the axes before them (stacked blocks,
+# windows of a convolution) are not split. The first match counts.
+RULES: tuple[Rule, ...] = (
+    (r"step|counters/.*|optimizer/(.*/)?count", ()),
+    (r".*/(bias|scale|temperature|logit_scale|positions|dates|extra_token|class_token)", ()),
+    (r".*/classes", ("fsdp", None)),  # (k, d): a head's classes
+    # (in, out): columns where the width grows, rows where it shrinks back, so that a block needs one sum over `tensor`
+    (r".*/(out|project|output|second|down)/kernel", ("tensor", "fsdp")),
+    (r".*/kernel", ("fsdp", "tensor")),
+)
+
+# Splitting an array smaller than this costs more in messages than it saves in memory (big_vision's limit).
+SMALL = 4 * 2**20
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A key path of `jax.tree_util` written with slashes: "encoder/optical/kernel"."""
+    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def partition_spec(
+    path: str, shape: tuple[int, ...], itemsize: int, mesh: Mesh, rules: Sequence[Rule] = RULES, small: int = SMALL
+) -> PartitionSpec:
+    """Where one array lives.
+
+    Args:
+      path: its path in the state.
+      shape: its shape.
+      itemsize: bytes of one element.
+      mesh: axis names and sizes.
+      rules: see RULES.
+      small: arrays of fewer bytes are replicated.
+
+    Raises:
+      UserError: no rule matches, or a mesh axis does not divide the array's axis.
+    """
+    axes = next((axes for pattern, axes in rules if re.fullmatch(pattern, path)), None)
+    if axes is None:
+        raise UserError(f'sharding: no rule matches "{path}" of shape {shape}; add one to skyjax/parallel/sharding.py')
+    if not axes or math.prod(shape) * itemsize < small:
+        return PartitionSpec()
+    spec = (None,) * (len(shape) - len(axes)) + axes[max(0, len(axes) - len(shape)) :]
+    for size, axis in zip(shape, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(
+                f'sharding: "{path}" of shape {shape} is split as {spec}, but mesh axis {axis}={mesh.shape[axis]}'
+                f" does not divide {size}; choose a mesh size that does"
+            )
+    return PartitionSpec(*spec)
+
+
+def state_shardings(state: Any, mesh: Mesh, rules: Sequence[Rule] = RULES, small: int = SMALL) -> Any:
+    """The sharding of every leaf of a (possibly abstract) state. Errors as in `partition_spec`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(
+            mesh, partition_spec(path_name(path), leaf.shape, leaf.dtype.itemsize, mesh, rules, small)
+        ),
+        state,
+    )
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    """The abstract tree with its target shardings, as a restore or an ahead-of-time compile wants it."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """A batch's first axis over data and fsdp, its other axes whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(batch_size: int, micro_batches: int, mesh: Mesh) -> None:
+    """Raises UserError unless every device gets the same number of samples in every micro-batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro_batches < 1 or batch_size < 1 or batch_size % (micro_batches * shards):
+        raise UserError(
+            f"config: batch_size={batch_size} is not a multiple of micro_batches={micro_batches} times"
+            f" data x fsdp = {shards} devices; the nearest that is: "
+            f"{max(1, round(batch_size / (max(micro_batches, 1) * shards))) * max(micro_batches, 1) * shards}"
+        )

@@ -1,0 +1,1 @@
+"""Losses to checkpoints: state, step, loop, optimizer, checkpoint, metrics, preemption, watchdog, pre-trained models."""

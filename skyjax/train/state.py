@@ -1,0 +1,60 @@
+"""What training carries from step to step: a plain nested dict of arrays.
+
+    {"step": int32, "params": {"encoder", "heads"}, "teacher": {"encoder", "heads"}, "optimizer": optax state,
+     "counters": {"skipped": int32, "nonfinite_in_a_row": int32}}
+
+`step` counts the batches consumed, those included whose update was skipped.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+from jaxtyping import Array, Key
+
+from skyjax.models import skysense
+from skyjax.objectives.heads import init_heads
+from skyjax.parallel.sharding import state_shardings
+from skyjax.train.optimizer import make_optimizer
+
+State = dict[str, Any]
+
+
+def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
+    """The state before the first step; the teacher starts as a copy of the student.
+
+    Raises:
+      UserError: a parameter does not match exactly one rule of the optimizer's multipliers.
+    """
+    params = init_params(config, key)
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        # Buffers of its own: the state is donated, and a buffer can be given away once.
+        "teacher": jax.tree.map(jnp.copy, params),
+        "optimizer": make_optimizer(config, params).init(params),
+        "counters": {"skipped": jnp.zeros((), jnp.int32), "nonfinite_in_a_row": jnp.zeros((), jnp.int32)},
+    }
+
+
+def init_params(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> dict[str, Any]:
+    """Fresh parameters of encoder and heads, float32."""
+    encoder_key, heads_key = jax.random.split(key)
+    return {
+        "encoder": skysense.init(config.model, encoder_key),
+        "heads": init_heads(config.objective, config.model, heads_key),
+    }
+
+
+def abstract(config: ml_collections.ConfigDict) -> State:
+    """Shapes and types of the state; nothing is allocated. Errors as in `init`."""
+    return jax.eval_shape(lambda key: init(config, key), jax.random.key(config.seed))
+
+
+def create(config: ml_collections.ConfigDict, mesh: Mesh) -> State:
+    """The state born sharded: no device ever holds an array that it will not keep."""
+    shardings = state_shardings(abstract(config), mesh)
+    # The key is an argument, not a constant, or the compiler would draw every weight while compiling.
+    return jax.jit(lambda key: init(config, key), out_shardings=shardings)(jax.random.key(config.seed))
