@@ -1,0 +1,255 @@
+"""Batches of views in an order that depends on the seed alone, and their way to the devices.
+
+In: the config, folders of records, where to go on. Out: host batches (sample.py), or device batches with the position
+to save for them. The sample at global position p is the same whatever the number of hosts, threads or restarts: a
+host takes its slice of each global batch, and the whole state of the iterator is one integer.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import ml_collections
+import numpy as np
+
+from skyjax.errors import BadRecord, UserError
+from skyjax.input import augment
+from skyjax.input.records import RecordSource, widest_type
+from skyjax.input.views import Plan, make_views, plan_views
+from skyjax.sample import Batch, empty_sample
+
+# A run may go on with this share of bad records. It is judged from this many records on: one bad in ten says nothing.
+_BAD_SHARE = 0.01
+_JUDGED_FROM = 1000
+
+Place = tuple[RecordSource, int]
+
+
+class Loader:
+    """An endless iterator over this process' slices of the global batches.
+
+    Attributes:
+      position: samples of the global order that were yielded to all processes together; what a checkpoint keeps.
+      bad: name of each bad record that was met -> reason.
+      types: modality -> the type of its values in a batch: the widest that a source stores.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        *,
+        position: int = 0,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Opens the sources and checks them against the model; reads no record yet.
+
+        Args:
+          config: the whole experiment's.
+          position: where to go on, from `state()`.
+          process_index: of this process among those that share the global batch.
+          process_count: how many share it; it may differ from the run that was stopped.
+
+        Raises:
+          UserError: a source is missing, empty or of a sensor that the model doesn't name; the config makes no sense.
+        """
+        _check(config, process_count)
+        sources, weights = _open(config)
+        self.types = _types(sources)
+        _check_sensors(sources, config.model)
+        self.bad: dict[str, str] = {}
+        self.position = position
+        self._batch_size, self._seed = config.batch_size, config.seed
+        self._plan: Plan = plan_views(config.data, config.model, self.types)
+        self._records, self._read = sum(len(source) for source in sources), 0
+        self._lock = threading.Lock()
+
+        # Positions first, then views: an element's index in the mixed order is its global position.
+        places = _order(sources, weights, config.seed)
+        views = places.map_with_index(self._views)[position:]
+        # Slices of process_count consecutive host batches make one global batch.
+        batches = views.batch(config.batch_size // process_count)[process_index::process_count]
+        threads = config.data.threads
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.data.prefetch if threads else 0)
+        self._batches = iter(batches.to_iter_dataset(options))
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self.position += self._batch_size
+        return batch
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint keeps; `Loader(config, **state)` goes on with the next batch."""
+        return {"position": self.position}
+
+    def close(self) -> None:
+        """Ends the reading threads."""
+        self._batches.close()
+
+    def check_bad(self) -> None:
+        """Ends a run on bad data.
+
+        Raises:
+          UserError: more than 1 % of the records that were read, but of at least 1,000 or all, are bad.
+        """
+        with self._lock:
+            judged = max(min(self._read, self._records), min(self._records, _JUDGED_FROM))
+            if len(self.bad) > _BAD_SHARE * judged:
+                name, reason = next(iter(self.bad.items()))
+                raise UserError(
+                    f"{len(self.bad):,} of {judged:,} records are bad, more than {_BAD_SHARE:.0%}; the first is {name}"
+                    f" ({reason}); build the data set again"
+                )
+
+    def _views(self, index: int, place: Place) -> dict[str, Any]:
+        """The views at a global position. A bad record keeps its place as an empty sample (DESIGN.md, section 3)."""
+        source, number = place
+        with self._lock:
+            self._read += 1
+        try:
+            return make_views(source[number], self._plan, self._seed, index)
+        except BadRecord as error:
+            name = f"{source.folder.name}/{source.name(number)}"
+            self._note(name, str(error))
+            return make_views(empty_sample(name, ""), self._plan, self._seed, index) | {"bad": np.bool_(True)}
+
+    def _note(self, name: str, reason: str) -> None:
+        with self._lock:
+            known, count = name in self.bad, len(self.bad) + 1
+            self.bad.setdefault(name, reason)
+        if not known:
+            logging.warning("%s: %s; skipped, %d of %s so far", name, reason, count, f"{self._records:,}")
+
+
+def _check(config: ml_collections.ConfigDict, process_count: int) -> None:
+    if config.batch_size < 1 or config.batch_size % process_count:
+        raise UserError(
+            f"config: batch_size is {config.batch_size}; set it to a positive multiple of the {process_count} processes"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config: seed is {config.seed}; set it between 0 and 4,294,967,295")
+    for key, least in (("threads", 0), ("prefetch", 1)):
+        if config.data[key] < least:
+            raise UserError(f"config: data.{key} is {config.data[key]}; set it to {least} or more")
+    augment.check(config.data.augment)
+
+
+def _open(config: ml_collections.ConfigDict) -> tuple[list[RecordSource], list[float]]:
+    if not config.data.sources:
+        raise UserError("config: data.sources is empty; name at least one folder made by `skyjax data build`")
+    sources, weights = [], []
+    for path, weight in config.data.sources:
+        if not weight > 0:
+            raise UserError(f'config: data.sources gives "{path}" the share {weight}; set it above 0 or leave it out')
+        source = RecordSource(path)
+        if not len(source):
+            raise UserError(f'"{path}" has no samples; build it from at least one file')
+        sources.append(source)
+        weights.append(float(weight))
+    return sources, weights
+
+
+def _types(sources: list[RecordSource]) -> dict[str, str]:
+    stored: dict[str, list[str]] = {}
+    for source in sources:
+        for modality, told in source.description["modalities"].items():
+            stored.setdefault(modality, []).append(told["dtype"])
+    return {modality: widest_type(names) for modality, names in stored.items()}
+
+
+def _check_sensors(sources: list[RecordSource], model: ml_collections.ConfigDict) -> None:
+    """A sensor that the model doesn't name has no row in its statistics; better told here than at record 1312."""
+    for source in sources:
+        told: Mapping[str, Any] = source.description["modalities"]
+        shared = [modality for modality in told if modality in model.modalities]
+        if not shared:
+            raise UserError(
+                f'"{source.folder}" has {", ".join(told) or "no modality"}, the model has'
+                f" {', '.join(model.modalities)}; leave it out of data.sources or add to model.modalities"
+            )
+        for modality in shared:
+            known = tuple(model.modalities[modality].sensors)
+            for sensor in told[modality]["sensors"]:
+                if sensor not in known:
+                    raise UserError(
+                        f'"{source.folder}" has {modality} images of sensor "{sensor}", which is not among'
+                        f" model.modalities.{modality}.sensors ({', '.join(known)}); add it there"
+                    )
+
+
+class _Places:
+    """A source's records by reference: they are read together with their views, where a bad one can be replaced."""
+
+    def __init__(self, source: RecordSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: int) -> Place:
+        return self._source, int(number)
+
+
+def _order(sources: list[RecordSource], weights: list[float], seed: int) -> grain.MapDataset:
+    """Every source in a new random order each epoch, without end, mixed by weight. Random access throughout."""
+    ordered = []
+    for number, source in enumerate(sources):
+        # Grain adds the epoch to the seed: neighbouring seeds would give each other's orders one epoch later.
+        own_seed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        ordered.append(grain.MapDataset.source(_Places(source)).shuffle(seed=own_seed).repeat())
+    return grain.MapDataset.mix(ordered, weights) if len(ordered) > 1 else ordered[0]
+
+
+def device_batches(loader: Loader, sharding: jax.sharding.Sharding, depth: int = 2) -> Iterator[tuple[int, Batch]]:
+    """Batches on the devices, `depth` of them ahead of the consumer, so that a step never waits for a transfer.
+
+    Args:
+      loader: this process' slices. From now on its own position runs ahead: save the one that comes with a batch.
+      sharding: of every array, by its first axis.
+      depth: batches on the devices beside the one in use.
+
+    Yields:
+      The position after a batch, to save once it is consumed, and the batch as global arrays.
+
+    Raises:
+      Whatever the loader raises. Closing the generator ends its thread; the loader stays open.
+    """
+    ready: queue.Queue[Any] = queue.Queue(max(depth - 1, 1))  # one more waits in the thread's hand
+    stop = threading.Event()
+
+    def offer(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def transfer() -> None:
+        try:
+            for batch in loader:
+                put = jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+                if not offer((loader.position, put)):
+                    return
+            offer(None)
+        except BaseException as error:  # handed to the consumer, who raises it
+            offer(error)
+
+    thread = threading.Thread(target=transfer, name="skyjax-transfer", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()
