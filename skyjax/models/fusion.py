@@ -1,0 +1,67 @@
+"""Temporal fusion: all dates of all modalities at one place -> one token.
+
+Attention runs over dates and modalities alone; places are folded into the batch. What is not there is masked as a key,
+so that the result depends neither on padding nor on the order of the dates.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from skyjax.models.layers import Compute, TransformerLayer, linear, run_transformer, stack, token
+
+EPSILON = 1e-5
+DAYS_A_YEAR = 366
+DAYS_IN_400_YEARS = 146_097
+
+
+class Fusion(nnx.Module):
+    """Date encoding, projection, an extra token, pre-norm layers; the extra token is the result."""
+
+    def __init__(self, *, spatial_width: int, width: int, depth: int, heads: int, compute: Compute, rngs: nnx.Rngs):
+        self.dates = token((DAYS_A_YEAR, spatial_width), rngs)
+        self.projection = linear(spatial_width, width, compute.dtype, rngs)
+        self.extra_token = token((width,), rngs)
+        self.layers = stack(lambda r: TransformerLayer(width, heads, EPSILON, compute.dtype, r), depth, rngs)
+        self.compute = compute
+
+    def __call__(
+        self,
+        features: Float[Array, "b t h w s"],
+        days: Int32[Array, "b t"],
+        valid: Bool[Array, "b t h w"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "b h w d"]:
+        """One token a place.
+
+        Args:
+          features: dates of all modalities, in any order, on one grid.
+          days: since 1970-01-01.
+          valid: the dates to look at, a place. A place without any gives a finite token that means nothing.
+          key: turns stochastic depth on.
+        """
+        encoding = self.dates[...][day_of_year(days)].astype(features.dtype)
+        x = self.projection(features + encoding[:, :, None, None, :])
+        b, t, h, w, d = x.shape
+        x = x.transpose(0, 2, 3, 1, 4).reshape(b * h * w, t, d)
+        mask = valid.transpose(0, 2, 3, 1).reshape(b * h * w, t)
+        # The extra token may always be looked at: no place is without a key.
+        mask = jnp.concatenate([jnp.ones((b * h * w, 1), bool), mask], axis=1)
+        first = jnp.broadcast_to(self.extra_token[...].astype(x.dtype), (b * h * w, 1, d))
+        x = run_transformer(self.compute, self.layers, jnp.concatenate([first, x], axis=1), mask, key)
+        return x[:, 0].reshape(b, h, w, d)
+
+
+def day_of_year(days: Int32[Array, "*b"]) -> Int32[Array, "*b"]:
+    """0 on 1 January to 364 or, in leap years, 365 on 31 December, of days since 1970-01-01 (Gregorian calendar)."""
+    # The mean year is exact within a day or two, so the true year is this one, the one before or the one after.
+    guess = 1970 + days * 400 // DAYS_IN_400_YEARS
+    year = guess + (days >= _new_year(guess + 1)) - (days < _new_year(guess))
+    return days - _new_year(year)
+
+
+def _new_year(year: Int32[Array, "*b"]) -> Int32[Array, "*b"]:
+    """Days from 1970-01-01 to 1 January of `year`."""
+    before = year - 1
+    return 365 * (year - 1970) + (before // 4 - before // 100 + before // 400) - 477  # 477 leap days up to 1969

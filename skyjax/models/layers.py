@@ -1,0 +1,221 @@
+"""What Swin-V2, ViT and fusion share: projections, norms, attention, the pre-norm layer and the scanned stack.
+
+Parameters are float32; the compute runs in `Compute.dtype`, norms and softmax in float32. Leaves are named kernel,
+bias and scale, because the optimizer's multipliers go by the end of a parameter's path.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+MLP_RATIO = 4
+TOKEN_STDDEV = 0.02  # of tokens and tables that are added to features
+
+Carry = TypeVar("Carry")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a part computes; the same for all parts of a model.
+
+    Attributes:
+      dtype: of activations; parameters stay float32.
+      scan: run equal blocks by `lax.scan`; otherwise the loop is unrolled.
+      remat: "full" recomputes each block in the backward pass, "none" keeps its activations.
+      drop_path: stochastic depth of the last block; the first has none.
+    """
+
+    dtype: Any = jnp.float32
+    scan: bool = True
+    remat: str = "none"
+    drop_path: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.remat not in ("full", "none"):
+            raise ValueError(f'model.remat is "{self.remat}"; it is "full" or "none"')
+
+    def rates(self, depth: int) -> np.ndarray:
+        """Stochastic depth of each block, linear from 0."""
+        return np.linspace(0.0, self.drop_path, depth, dtype=np.float32)
+
+    def keys(self, key: jax.Array | None, depth: int) -> jax.Array | None:
+        """A key a block; None, and with it no stochastic depth, outside training."""
+        return None if key is None or self.drop_path == 0.0 else jax.random.split(key, depth)
+
+    def block(self, body: Callable[..., Any]) -> Callable[..., Any]:
+        """`body` with the remat policy."""
+        # Inside a scan forward and backward are two loops, so nothing can merge the recomputed values with the first.
+        return jax.checkpoint(body, prevent_cse=not self.scan) if self.remat == "full" else body
+
+    def run(self, body: Callable[[Carry, Any], Carry], x: Carry, layers: Any) -> Carry:
+        """Applies `body(x, layer)` along the leading axis of the arrays in `layers`."""
+        if self.scan:
+            return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), x, layers)[0]
+        for i in range(jax.tree.leaves(layers)[0].shape[0]):
+            x = body(x, take_layer(layers, i))
+        return x
+
+
+def take_layer(layers: Any, i: int) -> Any:
+    """One layer of a stack."""
+    return jax.tree.map(lambda leaf: leaf[i], layers)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
+    """`depth` modules of one kind as one module whose arrays have a leading axis."""
+    one = nnx.vmap(lambda key: make(nnx.Rngs(key)), transform_metadata={nnx.PARTITION_NAME: None})
+    return one(jax.random.split(rngs.params(), depth))
+
+
+def linear(inputs: int, outputs: int | Sequence[int], dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True) -> Any:
+    """A projection of the last axis."""
+    init = nnx.initializers.truncated_normal(0.02)
+    return nnx.LinearGeneral(inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=init, rngs=rngs)
+
+
+def token(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
+    """A learned token or table."""
+    return nnx.Param(TOKEN_STDDEV * jax.random.truncated_normal(rngs.params(), -2, 2, shape))
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Layer norm over the last axis, computed in float32 and returned in the input's type."""
+
+    def __init__(self, width: int, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
+        return super().__call__(x, mask=mask).astype(x.dtype)
+
+
+class PatchEmbed(nnx.Module):
+    """A convolution whose stride is its size; images are padded with zeros at the bottom and right to whole patches."""
+
+    def __init__(
+        self, patch_size: int, channels: int, width: int, dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True
+    ):
+        init = nnx.initializers.lecun_normal()
+        self.kernel = nnx.Param(init(rngs.params(), (patch_size, patch_size, channels, width), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "n h w c"], bands: Bool[Array, "n c"] | None = None) -> Float[Array, "n i j d"]:
+        """One token a patch.
+
+        Args:
+          x: images; a masked band must hold zeros.
+          bands: the bands that are there. A missing one adds nothing, and what the others add is scaled up by the
+            share present, so that the embedding's size doesn't tell how many there are.
+        """
+        kernel = self.kernel[...].astype(self.dtype)
+        patch = kernel.shape[0]
+        n, h, w, c = x.shape
+        x = jnp.pad(x.astype(self.dtype), ((0, 0), (0, -h % patch), (0, -w % patch), (0, 0)))
+        patches = x.reshape(n, x.shape[1] // patch, patch, x.shape[2] // patch, patch, c)
+        tokens = jnp.einsum("nipjqc,pqcd->nijd", patches, kernel)
+        if bands is not None:
+            share = jnp.maximum(bands.mean(-1), 1 / c)
+            tokens = tokens * (1 / share).astype(self.dtype)[:, None, None, None]
+        return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
+
+
+def attend(
+    query: Float[Array, "*b q a d"],
+    key: Float[Array, "*b k a d"],
+    value: Float[Array, "*b k a d"],
+    *,
+    scale: float | Float[Array, "a 1 1"],
+    bias: Float[Array, "a q k"] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+) -> Float[Array, "*b q a d"]:
+    """Attention of `a` heads; scores and softmax are float32.
+
+    Args:
+      query, key, value: tokens before heads before width.
+      scale: factor of the scores.
+      bias: added to the scores.
+      mask: True where a query may see a key; broadcasts to (*b, a, q, k). Each query must see one key at least.
+    """
+    scores = jnp.einsum("...qad,...kad->...aqk", query, key, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("...aqk,...kad->...qad", weights, value)
+
+
+class Projections(nnx.Module):
+    """Query, key and value of each head, and the projection of what attention gathers."""
+
+    def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs, *, key_bias: bool = True):
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be shared by {heads} heads; width must be a multiple of heads")
+        self.query = linear(width, width, dtype, rngs)
+        self.key = linear(width, width, dtype, rngs, use_bias=key_bias)
+        self.value = linear(width, width, dtype, rngs)
+        self.out = linear(width, width, dtype, rngs)
+        self.heads = heads
+
+    def split(self, x: Float[Array, "*b n d"]) -> tuple[Array, Array, Array]:
+        """Query, key and value as (*b, n, heads, d / heads)."""
+        shape = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+        return self.query(x).reshape(shape), self.key(x).reshape(shape), self.value(x).reshape(shape)
+
+    def join(self, gathered: Float[Array, "*b n a d"]) -> Float[Array, "*b n e"]:
+        """The heads side by side, projected."""
+        return self.out(gathered.reshape(*gathered.shape[:-2], -1))
+
+
+class FeedForward(nnx.Module):
+    """Two projections around an exact GELU."""
+
+    def __init__(self, width: int, dtype: Any, rngs: nnx.Rngs):
+        self.up = linear(width, MLP_RATIO * width, dtype, rngs)
+        self.down = linear(MLP_RATIO * width, width, dtype, rngs)
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class TransformerLayer(nnx.Module):
+    """A pre-norm layer. Stochastic depth acts on the feed-forward branch alone, as in the published modules."""
+
+    def __init__(self, width: int, heads: int, epsilon: float, dtype: Any, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(width, epsilon, rngs)
+        self.attention = Projections(width, heads, dtype, rngs)
+        self.norm2 = LayerNorm(width, epsilon, rngs)
+        self.feed_forward = FeedForward(width, dtype, rngs)
+
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, rate: Any, key: jax.Array | None
+    ) -> Float[Array, "b n d"]:
+        """`mask` names the tokens that may be looked at."""
+        query, keys, value = self.attention.split(self.norm1(x))
+        visible = None if mask is None else mask[:, None, None, :]
+        gathered = attend(query, keys, value, scale=query.shape[-1] ** -0.5, mask=visible)
+        x = x + self.attention.join(gathered)
+        return x + drop_path(self.feed_forward(self.norm2(x)), rate, key)
+
+
+def run_transformer(
+    compute: Compute, layers: Any, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, key: jax.Array | None
+) -> Float[Array, "b n d"]:
+    """A stack of `TransformerLayer` over `x`."""
+    rates = compute.rates(jax.tree.leaves(layers)[0].shape[0])
+    body = compute.block(lambda x, layer, rate, key: layer(x, mask, rate, key))
+    return compute.run(lambda x, inputs: body(x, *inputs), x, (layers, rates, compute.keys(key, len(rates))))
+
+
+def drop_path(branch: Float[Array, "b *n d"], rate: Any, key: jax.Array | None) -> Float[Array, "b *n d"]:
+    """Drops the whole branch of a row with probability `rate` and scales the others up; no key: returns it as it is."""
+    if key is None:
+        return branch
+    keep = jax.random.bernoulli(key, 1 - rate, (branch.shape[0],) + (1,) * (branch.ndim - 1))
+    return branch * (keep / (1 - rate)).astype(branch.dtype)

@@ -1,0 +1,222 @@
+"""The encoder: spatial encoders a modality, up-heads to one width and grid, temporal fusion.
+
+`init` and `apply` are all that the rest of the program sees: plain nested dicts of arrays go in and come out. What the
+config's keys mean stands in configs/pretrain_sample.py; what follows the paper, in docs/fidelity.md.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from skyjax.models.fusion import Fusion
+from skyjax.models.layers import Compute
+from skyjax.models.resize import mask_to_grid, to_grid, valid_cells
+from skyjax.models.swin_v2 import SwinV2
+from skyjax.models.up_head import UpHead
+from skyjax.models.vit import ViT
+from skyjax.sample import MODALITIES
+
+Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
+Params = dict[str, Any]
+Images = Mapping[str, Array]
+Output = dict[str, Any]
+
+GRID_FROM = ("multispectral", "optical", "sar")  # whose cells are the common grid: the first that is given
+
+
+def init(model_config: Config, key: jax.Array) -> Params:
+    """Fresh float32 parameters: {MODALITY: ..., "up_heads": {MODALITY: ...}, "fusion": ...}.
+
+    Can be traced by `jax.jit` and `jax.eval_shape`, so that parameters are born where their shardings say.
+
+    Raises:
+      ValueError: values of the config contradict each other; the message names the keys.
+    """
+    return nnx.to_pure_dict(nnx.state(SkySense(model_config, nnx.Rngs(key)), nnx.Param))
+
+
+def apply(
+    model_config: Config,
+    params: Params,
+    images: Mapping[str, Images],
+    *,
+    grid: tuple[int, int] | None = None,
+    key: jax.Array | None = None,
+) -> Output:
+    """Features of the sequences of `b` sites.
+
+    Args:
+      model_config: `config.model`.
+      params: as `init` gives them.
+      images: MODALITY -> "values" (b, t, h, w, c) normalised, "days" (b, t), "valid" (b, t), "clear" (b, t, h, w),
+        "bands" (b, c). A modality that the model does not have is passed over; one that is not given is absent.
+        Values under a mask are never read.
+      grid: rows and columns of the common grid; None: the cells of the multispectral images, else of the optical,
+        else of the SAR images.
+      key: given in training, where it drives stochastic depth.
+
+    Returns:
+      "encoder" {m: (b, t, h', w', d_m)} and "encoder_valid" {m: (b, t, h', w')}: before the up-head;
+      "spatial" {m: (b, t, H, W, s)} and "spatial_valid" {m: (b, t, H, W)}: after it, on the common grid (H, W);
+      "fused" (b, H, W, d) and "fused_valid" (b, H, W); "context" None; "pooled" (b, d) float32, the mean of `fused`
+      over valid places, 0 where there are none; "days" {m: (b, t)}. Features that are not valid are finite.
+
+    Raises:
+      ValueError: none of the model's modalities is given.
+    """
+    graph, abstract = _structure(json.dumps(model_config.to_dict(), sort_keys=True))
+    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one must not be filled with tracers
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graph, state)(images, grid, key)
+
+
+@functools.lru_cache(maxsize=64)
+def _structure(config_json: str) -> tuple[Any, Any]:
+    """The module of a config without its arrays; made once, because apply is traced many times."""
+    config = ml_collections.FrozenConfigDict(json.loads(config_json))
+    return nnx.split(nnx.eval_shape(lambda: SkySense(config, nnx.Rngs(0))))
+
+
+class SkySense(nnx.Module):
+    """Encoders, up-heads and fusion of one config."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        compute = Compute(jnp.dtype(config.dtype), config.scan, config.remat, config.drop_path)
+        self.modalities = tuple(m for m in MODALITIES if m in config.modalities)
+        unknown = set(config.modalities) - set(MODALITIES)
+        if unknown or not self.modalities:
+            raise ValueError(f"model.modalities has {sorted(config.modalities)}; it takes {', '.join(MODALITIES)}")
+        up_heads = {}
+        cells = {}
+        for name in self.modalities:
+            part = config.modalities[name]
+            if part.kind == "swin_v2":
+                setattr(self, name, _swin(name, part, config.spatial_width, compute, rngs))
+                cells[name] = (part.patch_size * 2 ** (len(part.depths) - 1), 1)
+            elif part.kind == "vit":
+                setattr(self, name, _vit(name, part, compute, rngs))
+                up_heads[name] = UpHead(part.width, config.spatial_width, part.up_factor, compute.dtype, rngs)
+                cells[name] = (part.patch_size, part.up_factor)
+            else:
+                raise ValueError(f'model.modalities.{name}.kind is "{part.kind}"; it is "swin_v2" or "vit"')
+        self.up_heads = nnx.Dict(up_heads)
+        self.cells = tuple(cells.items())
+        self.fusion = Fusion(
+            spatial_width=config.spatial_width,
+            width=config.fusion.width,
+            depth=config.fusion.depth,
+            heads=config.fusion.heads,
+            compute=compute,
+            rngs=rngs,
+        )
+
+    def __call__(self, images: Mapping[str, Images], grid: tuple[int, int] | None, key: jax.Array | None) -> Output:
+        """As `apply`."""
+        given = [m for m in self.modalities if m in images]
+        if not given:
+            raise ValueError(
+                f"images has {sorted(images)}, none of the model's modalities {', '.join(self.modalities)}"
+            )
+        parts = {m: self._spatial(m, images[m], _fold(key, i)) for i, m in enumerate(given)}
+        if grid is None:
+            leading = next(m for m in GRID_FROM if m in parts)
+            grid = parts[leading]["spatial"].shape[2:4]
+        output: Output = {"encoder": {}, "encoder_valid": {}, "spatial": {}, "spatial_valid": {}, "days": {}}
+        for m, part in parts.items():
+            output["encoder"][m], output["encoder_valid"][m] = part["encoder"], part["encoder_valid"]
+            output["spatial"][m] = to_grid(part["spatial"], part["extent"], grid)
+            output["spatial_valid"][m] = mask_to_grid(part["spatial_valid"], part["extent"], grid)
+            output["days"][m] = images[m]["days"]
+
+        features, valid, days = (
+            jnp.concatenate([output[name][m] for m in given], axis=1) for name in ("spatial", "spatial_valid", "days")
+        )
+        fused = self.fusion(features, days, valid, _fold(key, len(MODALITIES)))
+        fused_valid = valid.any(axis=1)
+        return output | {
+            "fused": fused,
+            "fused_valid": fused_valid,
+            "context": None,
+            "pooled": _mean(fused, fused_valid),
+        }
+
+    def _spatial(self, name: str, images: Images, key: jax.Array | None) -> dict[str, Any]:
+        """One modality, its dates folded into the batch: features and masks on its own cells, and their extent."""
+        values, bands = images["values"], images["bands"]
+        b, t, h, w, c = values.shape
+        seen = images["clear"] & (images["valid"] & bands.any(-1)[:, None])[..., None, None]
+        # The model answers for its own masks: a NaN under one must not reach a token.
+        values = jnp.where(seen[..., None] & bands[:, None, None, None, :], values, 0)
+        encoder = getattr(self, name)
+        x = encoder(values.reshape(b * t, h, w, c), jnp.repeat(bands, t, axis=0), key)
+        token_size, up_factor = dict(self.cells)[name]
+        cell = token_size // up_factor
+        rows, columns = -(-h // cell), -(-w // cell)
+        encoder_valid = spatial_valid = valid_cells(seen, token_size)
+        spatial = x
+        if name in self.up_heads:
+            # Cells of the padding, which made whole patches, are cut off.
+            spatial = self.up_heads[name](x)[:, :rows, :columns]
+            of_token = jnp.repeat(jnp.repeat(encoder_valid, up_factor, axis=2), up_factor, axis=3)
+            spatial_valid = of_token[:, :, :rows, :columns] & valid_cells(seen, cell)
+        return {
+            "encoder": x.reshape(b, t, *x.shape[1:]),
+            "encoder_valid": encoder_valid,
+            "spatial": spatial.reshape(b, t, *spatial.shape[1:]),
+            "spatial_valid": spatial_valid,
+            "extent": (h / cell, w / cell),
+        }
+
+
+def _swin(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.Rngs) -> SwinV2:
+    last = part.width * 2 ** (len(part.depths) - 1)
+    if last != spatial_width:
+        raise ValueError(
+            f"model.modalities.{name}: width {part.width} in {len(part.depths)} stages of depths ends at {last}, but"
+            f" model.spatial_width is {spatial_width}; they must be equal"
+        )
+    return SwinV2(
+        channels=len(part.bands),
+        patch_size=part.patch_size,
+        width=part.width,
+        depths=part.depths,
+        heads=part.heads,
+        window=part.window,
+        extra_norm_every=part.extra_norm_every,
+        compute=compute,
+        rngs=rngs,
+    )
+
+
+def _vit(name: str, part: Any, compute: Compute, rngs: nnx.Rngs) -> ViT:
+    if part.patch_size % part.up_factor:
+        raise ValueError(
+            f"model.modalities.{name}: up_factor {part.up_factor} must divide patch_size {part.patch_size}, so that a"
+            " cell is a whole number of pixels"
+        )
+    return ViT(
+        channels=len(part.bands),
+        patch_size=part.patch_size,
+        image_size=part.image_size,
+        width=part.width,
+        depth=part.depth,
+        heads=part.heads,
+        compute=compute,
+        rngs=rngs,
+    )
+
+
+def _fold(key: jax.Array | None, part: int) -> jax.Array | None:
+    return None if key is None else jax.random.fold_in(key, part)
+
+
+def _mean(fused: Float[Array, "b h w d"], valid: Bool[Array, "b h w"]) -> Float[Array, "b d"]:
+    total = jnp.einsum("bhwd,bhw->bd", fused.astype(jnp.float32), valid.astype(jnp.float32))
+    return total / jnp.maximum(valid.sum((1, 2)), 1)[:, None]

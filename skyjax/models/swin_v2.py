@@ -1,0 +1,283 @@
+"""Swin Transformer V2: the encoder of high-resolution images.
+
+Res-post-norm, scaled cosine attention, a continuous position bias over log-spaced offsets, no bias on keys, patch
+merging with the norm after the projection, an extra norm every few blocks (Liu et al., 2022; SkySense's settings).
+Blocks come in pairs: an unshifted and a shifted one. A stage is one scan over its pairs.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from skyjax.models.layers import (
+    Compute,
+    FeedForward,
+    LayerNorm,
+    PatchEmbed,
+    Projections,
+    attend,
+    drop_path,
+    linear,
+    stack,
+    take_layer,
+)
+
+EPSILON = 1e-5
+BIAS_HIDDEN = 512  # width of the position-bias MLP
+MAX_LOGIT_SCALE = math.log(100.0)
+
+
+class SwinV2(nnx.Module):
+    """Images -> one feature a cell of patch_size * 2 ** (stages - 1) pixels."""
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        patch_size: int,
+        width: int,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        window: int,
+        extra_norm_every: int,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        if len(depths) != len(heads):
+            raise ValueError(f"depths {tuple(depths)} and heads {tuple(heads)} name different numbers of stages")
+        if any(depth % 2 for depth in depths):
+            raise ValueError(f"depths {tuple(depths)}: a stage is made of pairs of blocks, so each depth must be even")
+        self.patch_embed = PatchEmbed(patch_size, channels, width, compute.dtype, rngs)
+        self.patch_norm = LayerNorm(width, EPSILON, rngs)
+        self.num_stages = len(depths)
+        for i, depth in enumerate(depths):
+            stage = Stage(width * 2**i, depth, heads[i], window, extra_norm_every, i > 0, compute, rngs)
+            setattr(self, f"stage{i}", stage)
+        self.norm = LayerNorm(width * 2 ** (len(depths) - 1), EPSILON, rngs)
+        self.depths = tuple(depths)
+        self.compute = compute
+
+    def __call__(
+        self, images: Float[Array, "n h w c"], bands: Bool[Array, "n c"] | None = None, key: jax.Array | None = None
+    ) -> Float[Array, "n i j d"]:
+        """Features of the last stage, normed.
+
+        Args:
+          images: normalised; what is missing holds 0. Any size: the bottom and right are padded.
+          bands: the bands that are there; None: all.
+          key: turns stochastic depth on.
+        """
+        return self.norm(self.stages(images, bands, key)[-1])
+
+    def stages(
+        self, images: Float[Array, "n h w c"], bands: Bool[Array, "n c"] | None = None, key: jax.Array | None = None
+    ) -> list[Float[Array, "n i j d"]]:
+        """What each stage gives, before any final norm; arguments as in `__call__`."""
+        x = self.patch_norm(self.patch_embed(images, bands))
+        total = sum(self.depths)
+        rates, keys = self.compute.rates(total), self.compute.keys(key, total)
+        outputs = []
+        start = 0
+        for i, depth in enumerate(self.depths):
+            own = slice(start, start + depth)
+            x = getattr(self, f"stage{i}")(x, rates[own], None if keys is None else keys[own])
+            outputs.append(x)
+            start += depth
+        return outputs
+
+
+class Stage(nnx.Module):
+    """Patch merging where `downsample`, then `depth` blocks."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        window: int,
+        extra_norm_every: int,
+        downsample: bool,
+        compute: Compute,
+        rngs: nnx.Rngs,
+    ):
+        self.downsample = PatchMerging(width, compute.dtype, rngs) if downsample else None
+        self.pairs = stack(lambda r: Pair(width, heads, window, compute.dtype, r), depth // 2, rngs)
+        count = depth // extra_norm_every
+        self.extra_norms = stack(lambda r: LayerNorm(width, EPSILON, r), count, rngs) if count else None
+        self.extra_norm_every = extra_norm_every
+        self.window = window
+        self.compute = compute
+
+    def __call__(
+        self, x: Float[Array, "n h w d"], rates: np.ndarray, keys: jax.Array | None
+    ) -> Float[Array, "n i j e"]:
+        """`rates` and `keys`: one a block."""
+        if self.downsample is not None:
+            x = self.downsample(x)
+        # A grid that is a single window has nothing to shift.
+        shift = self.window // 2 if min(x.shape[1:3]) > self.window else 0
+        unshifted = self.compute.block(lambda x, block, rate, key: block(x, 0, rate, key))
+        shifted = self.compute.block(lambda x, block, rate, key: block(x, shift, rate, key))
+
+        def pair(x: Array, inputs: Any) -> Array:
+            blocks, rate, key = inputs
+            x = unshifted(x, blocks.unshifted, rate[0], None if key is None else key[0])
+            return shifted(x, blocks.shifted, rate[1], None if key is None else key[1])
+
+        def pairs_then_norm(x: Array, inputs: Any) -> Array:
+            pairs, norm = inputs
+            return norm(self.compute.run(pair, x, pairs))
+
+        every, depth = self.extra_norm_every, len(rates)
+        if self.extra_norms is None:
+            return self.compute.run(pair, x, self._pairs(rates, keys))
+        if every % 2:
+            # An odd period sets norms inside pairs. No published net of size does so: the loop is simply unrolled.
+            for i in range(depth):
+                run, half = (shifted, "shifted") if i % 2 else (unshifted, "unshifted")
+                block = take_layer(getattr(self.pairs, half), i // 2)
+                x = run(x, block, rates[i], None if keys is None else keys[i])
+                if (i + 1) % every == 0:
+                    x = take_layer(self.extra_norms, i // every)(x)
+            return x
+        groups, size = depth // every, every // 2
+        pairs = self._pairs(rates, keys)
+        grouped = jax.tree.map(lambda leaf: leaf[: groups * size].reshape(groups, size, *leaf.shape[1:]), pairs)
+        x = self.compute.run(pairs_then_norm, x, (grouped, self.extra_norms))
+        if depth % every:
+            x = self.compute.run(pair, x, jax.tree.map(lambda leaf: leaf[groups * size :], pairs))
+        return x
+
+    def _pairs(self, rates: np.ndarray, keys: jax.Array | None) -> Any:
+        return self.pairs, rates.reshape(-1, 2), None if keys is None else keys.reshape(-1, 2, *keys.shape[1:])
+
+
+class PatchMerging(nnx.Module):
+    """Four neighbours -> one cell of twice the width: a 2 x 2 convolution of stride 2 without bias, then the norm."""
+
+    def __init__(self, width: int, dtype: Any, rngs: nnx.Rngs):
+        self.reduction = PatchEmbed(2, width // 2, width, dtype, rngs, use_bias=False)
+        self.norm = LayerNorm(width, EPSILON, rngs)
+
+    def __call__(self, x: Float[Array, "n h w d"]) -> Float[Array, "n i j e"]:
+        return self.norm(self.reduction(x))
+
+
+class Pair(nnx.Module):
+    """Two blocks in a row."""
+
+    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs):
+        self.unshifted = Block(width, heads, window, dtype, rngs)
+        self.shifted = Block(width, heads, window, dtype, rngs)
+
+
+class Block(nnx.Module):
+    """Window attention and a feed-forward, each normed after and with stochastic depth."""
+
+    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs):
+        self.attention = WindowAttention(width, heads, window, dtype, rngs)
+        self.norm1 = LayerNorm(width, EPSILON, rngs)
+        self.feed_forward = FeedForward(width, dtype, rngs)
+        self.norm2 = LayerNorm(width, EPSILON, rngs)
+
+    def __call__(
+        self, x: Float[Array, "n h w d"], shift: int, rate: Any, key: jax.Array | None
+    ) -> Float[Array, "n h w d"]:
+        first, second = (None, None) if key is None else jax.random.split(key)
+        x = x + drop_path(self.norm1(self.attention(x, shift)), rate, first)
+        return x + drop_path(self.norm2(self.feed_forward(x)), rate, second)
+
+
+class WindowAttention(nnx.Module):
+    """Scaled cosine attention inside windows."""
+
+    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs):
+        if window < 2:
+            raise ValueError(f"window {window} is too small; it must be 2 or more")
+        self.projections = Projections(width, heads, dtype, rngs, key_bias=False)
+        self.logit_scale = nnx.Param(jnp.full((heads,), math.log(10.0)))
+        self.bias_up = linear(2, BIAS_HIDDEN, jnp.float32, rngs)
+        self.bias_down = linear(BIAS_HIDDEN, heads, jnp.float32, rngs, use_bias=False)
+        self.window = window
+
+    def __call__(self, x: Float[Array, "n h w d"], shift: int) -> Float[Array, "n h w d"]:
+        n, h, w, d = x.shape
+        # A grid below the window is one smaller window: the same numbers as padding it and masking the padding.
+        rows, columns = min(self.window, h), min(self.window, w)
+        padded = (h + -h % rows, w + -w % columns)
+        x = jnp.pad(x, ((0, 0), (0, padded[0] - h), (0, padded[1] - w), (0, 0)))
+        x = jnp.roll(x, (-shift, -shift), (1, 2)) if shift else x
+        down, across = padded[0] // rows, padded[1] // columns
+        windows = x.reshape(n, down, rows, across, columns, d).swapaxes(2, 3)
+        windows = windows.reshape(n, down * across, rows * columns, d)
+
+        query, key, value = self.projections.split(windows)
+        scale = jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))[:, None, None]
+        mask = _visible(h, w, rows, columns, shift)
+        mask = None if mask is None else mask[:, None]
+        gathered = attend(_unit(query), _unit(key), value, scale=scale, bias=self._bias(rows, columns), mask=mask)
+
+        x = self.projections.join(gathered).reshape(n, down, across, rows, columns, d).swapaxes(2, 3)
+        x = x.reshape(n, *padded, d)
+        x = jnp.roll(x, (shift, shift), (1, 2)) if shift else x
+        return x[:, :h, :w]
+
+    def _bias(self, rows: int, columns: int) -> Float[Array, "a q q"]:
+        """The position bias of each pair of places in a window of `rows` x `columns`."""
+        table = self.bias_down(jax.nn.relu(self.bias_up(_log_offsets(self.window))))
+        return 16 * jax.nn.sigmoid(table[_offset_index(self.window, rows, columns)]).transpose(2, 0, 1)
+
+
+def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """Unit vectors; the zero vector stays, with a finite gradient."""
+    wide = x.astype(jnp.float32)
+    squares = jnp.sum(wide**2, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(x.dtype)
+
+
+@functools.lru_cache
+def _log_offsets(window: int) -> np.ndarray:
+    """((2 window - 1)^2, 2) offsets between places: scaled to 8 at the window's edge, then the logarithm to base 8."""
+    steps = np.arange(1 - window, window) / (window - 1) * 8
+    logs = np.sign(steps) * np.log2(np.abs(steps) + 1) / 3
+    return np.stack(np.meshgrid(logs, logs, indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+
+
+@functools.lru_cache
+def _offset_index(window: int, rows: int, columns: int) -> np.ndarray:
+    """(q, k) row of `_log_offsets` for the offset from key to query in a window of `rows` x `columns`."""
+    places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+    offset = places[:, None] - places[None] + window - 1
+    return offset[..., 0] * (2 * window - 1) + offset[..., 1]
+
+
+@functools.lru_cache
+def _visible(h: int, w: int, rows: int, columns: int, shift: int) -> np.ndarray | None:
+    """(windows, q, k): whether two places are neighbours on the ground and neither is padding; None if all are.
+
+    After the roll, the last windows hold pieces from opposite edges, and padding lies wherever it was rolled to.
+    """
+    if not shift and h % rows == 0 and w % columns == 0:
+        return None
+    piece_rows, piece_columns = _pieces(h, rows, shift), _pieces(w, columns, shift)
+    pieces = np.where(
+        (piece_rows[:, None] < 0) | (piece_columns[None] < 0), -1, 2 * piece_rows[:, None] + piece_columns[None]
+    )
+    down, across = pieces.shape[0] // rows, pieces.shape[1] // columns
+    windows = pieces.reshape(down, rows, across, columns).swapaxes(1, 2).reshape(down * across, rows * columns)
+    return windows[:, :, None] == windows[:, None, :]
+
+
+def _pieces(size: int, window: int, shift: int) -> np.ndarray:
+    """Which piece of the ground each place of one padded, rolled axis belongs to; -1 is padding."""
+    padded = size + -size % window
+    place = np.roll(np.arange(padded), -shift)
+    wrapped = np.arange(padded) >= padded - shift
+    return np.where(place >= size, -1, wrapped.astype(int))
