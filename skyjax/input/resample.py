@@ -33,13 +33,11 @@ class Axis:
 
         A triangle centred on the wanted pixel, one source pixel wide to each side when enlarging (linear
         interpolation) and one wanted pixel wide when shrinking (antialias). At the source's border what is left of
-        the triangle is renormalised. Pixels beyond the window but inside the source take part: they were measured.
+        the triangle is renormalised, which repeats the border pixel when enlarging. Pixels beyond the window but inside the source take part: they were measured.
         """
         scale = self.length / self.size
         radius = max(scale, 1.0)
         centres = self.start + (np.arange(self.size) + 0.5) * scale
-        # Where an enlarged border pixel's centre lies beyond the last measured centre, that one is repeated.
-        centres = np.clip(centres, 0.5, max(source - 0.5, 0.5)) if scale < 1 else centres
         first = max(int(np.ceil(centres[0] - radius - 0.5)), 0)
         last = min(int(np.floor(centres[-1] + radius - 0.5)), source - 1)
         distance = np.abs(np.arange(first, last + 1) + 0.5 - centres[:, None])
