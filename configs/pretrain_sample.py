@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.checkpoint = ml_collections.ConfigDict({"every": 100, "keep": 2, "keep_every": 0})
     config.eval = ml_collections.ConfigDict({"every": 0})
     config.log = ml_collections.ConfigDict({"every": 5})
+    config.watchdog = ml_collections.ConfigDict({"seconds": 1800.0})  # without a step: the run hangs, exit 124
 
     config.data = _data()
     config.model = _model()
@@ -138,7 +139,9 @@ def _objective() -> ml_collections.ConfigDict:
             "teacher_temperature": (0.04, 0.07),  # start, end; cosine
             "sinkhorn_iterations": 3,
             "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.1},
-            "pixel": {"tokens": 16},  # places scored a sample and date
+            "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; negatives from each other sample
+            "chunk": 1024,  # rows of a sample scored at a time; more are recomputed in the backward pass
+            "pixel": {"tokens": 16},  # places scored a sample, view and date
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
             "alignment": {"temperature": 0.1},  # where the learned temperature starts
             "rank_alarm": 2.0,  # warn when the effective rank of the fused features falls below

@@ -1,0 +1,1 @@
+"""Features to losses: multi-granularity self-distillation, cross-modal alignment, spread."""

@@ -1,0 +1,59 @@
+"""Cross-modal alignment: the modalities of one site recognise one another among all sites of the batch.
+
+In: one feature a sample, view and modality. Out: for each pair of modalities the sum of its losses and their count.
+Formula: docs/fidelity.md, "Cross-modal alignment"; symmetric InfoNCE as in CLIP (Radford et al. 2021, section 2.3).
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from skyjax.objectives import heads
+
+
+def align(
+    features: dict[str, Float[Array, "b v c"]], present: dict[str, Bool[Array, "b v"]], head: heads.Params
+) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
+    """Sums and counts of every pair of modalities, by names like "optical-sar".
+
+    Each view is its own batch: another view of the same site is neither a positive nor a negative. A sample that lacks
+    one of the two modalities is neither anchor nor negative. With one sample left the loss is zero.
+
+    Args:
+      features: modality -> one feature a sample and view.
+      present: modality -> whether it is there.
+      head: `heads/alignment`.
+    """
+    temperature = heads.alignment_temperature(head)
+    sums, counts = {}, {}
+    modalities = heads.modalities_of(features)
+    # A masked row is zeroed before the projection: what stands there may not reach a gradient.
+    projected = {
+        m: heads.unit(jnp.einsum("bvc,cd->bvd", jnp.where(present[m][..., None], features[m], 0), head[m]["kernel"]))
+        for m in modalities
+    }
+    for first, second in itertools.combinations(modalities, 2):
+        both = present[first] & present[second]
+        loss = jax.vmap(symmetric_infonce, in_axes=(1, 1, 1, None), out_axes=1)(
+            projected[first], projected[second], both, temperature
+        )
+        sums[f"{first}-{second}"] = loss.sum()
+        counts[f"{first}-{second}"] = both.sum().astype(jnp.float32)
+    return sums, counts
+
+
+def symmetric_infonce(
+    first: Float[Array, "b d"],
+    second: Float[Array, "b d"],
+    valid: Bool[Array, "b"],
+    temperature: Float[Array, ""] | float,
+) -> Float[Array, "b"]:
+    """Mean of the two cross-entropies of finding a row's counterpart among all valid rows; zero for other rows."""
+    scores = jnp.einsum("bd,cd->bc", first, second) / temperature
+    # A masked row keeps its own score, so that its (unused) logarithm and gradient stay finite.
+    scores = jnp.where(valid[:, None] & valid[None] | jnp.eye(len(valid), dtype=bool), scores, -jnp.inf)
+    there = jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores)
+    back = jax.nn.logsumexp(scores, axis=0) - jnp.diagonal(scores)
+    return jnp.where(valid, (there + back) / 2, 0)
