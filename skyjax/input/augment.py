@@ -69,7 +69,7 @@ def _optical(
     config: ml_collections.ConfigDict,
 ) -> Float[Array, "t h w c"]:
     """Colour, then blur, then solarisation; `zero` is how far below the mean the unit's zero lies, in std."""
-    brightness, contrast, saturation, blur, sigma, solarize = jax.random.split(key, 6)
+    brightness, contrast, saturation, blur, sigma, solarize = jax.random.uniform(key, (6,))
     if config.brightness:
         values = _factor(brightness, config.brightness) * (values + zero) - zero
     if config.contrast:
@@ -79,10 +79,10 @@ def _optical(
         grey = _mean(values, mask, axis=3)
         values = grey + _factor(saturation, config.saturation) * (values - grey)
     if config.blur:
-        blurred = _blurred(values, mask, jax.random.uniform(sigma, minval=BLUR[0], maxval=BLUR[1]))
-        values = jnp.where(jax.random.bernoulli(blur, config.blur), blurred, values)
+        blurred = _blurred(values, mask, BLUR[0] + sigma * (BLUR[1] - BLUR[0]))
+        values = jnp.where(blur < config.blur, blurred, values)
     if config.solarize:
-        values = jnp.where(jax.random.bernoulli(solarize, config.solarize), -jnp.abs(values), values)
+        values = jnp.where(solarize < config.solarize, -jnp.abs(values), values)
     return values
 
 
@@ -98,8 +98,9 @@ def _sar(
     return values
 
 
-def _factor(key: PRNGKeyArray, strength: float) -> Float[Array, ""]:
-    return jax.random.uniform(key, minval=1 - strength, maxval=1 + strength)
+def _factor(draw: Float[Array, ""], strength: float) -> Float[Array, ""]:
+    """A draw from [0, 1) as a factor from 1 - strength to 1 + strength."""
+    return 1 + strength * (2 * draw - 1)
 
 
 def _mean(values: Float[Array, "t h w c"], mask: Bool[Array, "t h w c"], axis: int | tuple[int, ...]) -> Array:

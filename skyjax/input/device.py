@@ -56,7 +56,7 @@ def _prepare_images(
         mask = jnp.broadcast_to(measured(images), values.shape)
 
         def one_view(key: Array, view: Array, values: Array, mask: Array, mean: Array, std: Array) -> Array:
-            key = jax.random.fold_in(jax.random.fold_in(key, view), MODALITIES.index(modality))
+            key = jax.random.fold_in(key, view * len(MODALITIES) + MODALITIES.index(modality))
             return pixels.augment(modality, key, values, mask, mean, std, augment)
 
         per_sample = jax.vmap(one_view, in_axes=(None, 0, 0, 0, None, None))
@@ -71,8 +71,8 @@ def normalize(images: Images, mean: Float[Array, "s c"], std: Float[Array, "s c"
 
     Works on a batch of views (b, v, t, h, w, c) and on plain sequences (b, t, h, w, c).
     """
-    values = images["values"].astype(jnp.float32)
-    row = images["sensor"]
+    values = jnp.asarray(images["values"], jnp.float32)
+    mean, std, row = jnp.asarray(mean), jnp.asarray(std), images["sensor"]
     spread = (row.shape[0],) + (1,) * (values.ndim - 2) + (-1,)
     normalized = (values - mean[row].reshape(spread)) / std[row].reshape(spread)
     return jnp.where(measured(images), normalized, 0)
