@@ -25,6 +25,8 @@ from skyjax.sample import Batch, empty_sample
 # A run may go on with this share of bad records. It is judged from this many records on: one bad in ten says nothing.
 _BAD_SHARE = 0.01
 _JUDGED_FROM = 1000
+# Samples. Grain's own endless length is the largest integer and overflows where its slices are batched and sliced.
+_ENDLESS = 2**48
 
 Place = tuple[RecordSource, int]
 
@@ -70,7 +72,7 @@ class Loader:
 
         # Positions first, then views: an element's index in the mixed order is its global position.
         places = _order(sources, weights, config.seed)
-        views = places.map_with_index(self._views)[position:]
+        views = places.map_with_index(self._views)[position : position + _ENDLESS]
         # Slices of process_count consecutive host batches make one global batch.
         batches = views.batch(config.batch_size // process_count)[process_index::process_count]
         threads = config.data.threads
@@ -213,7 +215,7 @@ def device_batches(loader: Loader, sharding: jax.sharding.Sharding, depth: int =
     Args:
       loader: this process' slices. From now on its own position runs ahead: save the one that comes with a batch.
       sharding: of every array, by its first axis.
-      depth: batches on the devices beside the one in use.
+      depth: batches on the devices beside the one in use, 2 or more.
 
     Yields:
       The position after a batch, to save once it is consumed, and the batch as global arrays.

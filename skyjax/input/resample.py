@@ -33,7 +33,8 @@ class Axis:
 
         A triangle centred on the wanted pixel, one source pixel wide to each side when enlarging (linear
         interpolation) and one wanted pixel wide when shrinking (antialias). At the source's border what is left of
-        the triangle is renormalised, which repeats the border pixel when enlarging. Pixels beyond the window but inside the source take part: they were measured.
+        the triangle is renormalised, which repeats the border pixel when enlarging. Pixels beyond the window but
+        inside the source take part: they were measured.
         """
         scale = self.length / self.size
         radius = max(scale, 1.0)
