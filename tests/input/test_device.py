@@ -126,6 +126,9 @@ def test_views_samples_and_seeds_draw_differently(batch):
             std = STATISTICS["sar"][1][images["sensor"]][:, None, None, None, None]
             change = (np.asarray(got[group]["sar"]["values"]) - normalize(images, *STATISTICS["sar"])) * std
             found.append(np.asarray(change).mean(axis=(2, 3, 4, 5)))
+            np.testing.assert_allclose(
+                change, np.broadcast_to(found[-1][:, :, None, None, None, None], change.shape), atol=1e-3
+            )
         return np.concatenate(found, axis=1)
 
     first, second = gains(0), gains(1)

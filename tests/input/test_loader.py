@@ -119,6 +119,12 @@ def test_sources_are_mixed_by_weight_and_small_ones_start_again(folders):
     assert sorted(of_b[:7]) == sorted(of_b[7:14]) == list(range(7))
 
 
+def test_sources_of_one_size_have_orders_of_their_own(folders):
+    order = names(take(Loader(config(folders, sources=(("a", 1.0), ("a", 1.0)))), 5))
+    assert order[::2] != order[1::2]
+    assert sorted(order[::2]) == sorted(order[1::2])
+
+
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_the_slices_of_all_hosts_make_the_batches_of_one(folders, hosts):
     alone = take(Loader(config(folders)), 5)
