@@ -154,15 +154,15 @@ def make_sequence(
         raise BadRecord(f"{where}{len(days)} days for {len(values)} images of {sensor}; each image needs its date")
     order = np.argsort(days, kind="stable")
     values, days = stored(values)[order], days[order].astype(np.int32)
-    table.check_scale(values, name)
+    clear = np.ones(values.shape[:3], bool) if clear is None else clear[order]
+    table.check_scale(values[clear], name)
     measured = table.measured(values)
-    seen = measured if clear is None else measured & clear[order]
     _, height, width, _ = values.shape
     return Sequence(
         values,
         days,
         np.any(measured, (1, 2)),
-        seen,
+        measured & clear,
         sensor,
         names,
         centred(height, width, gsd or table.gsd) if extent is None else extent,

@@ -5,11 +5,14 @@ TITLE, LICENCE and ATTRIBUTION, and `label_names(folder)` for labels whose numbe
 dataset.json. What builders share stands here too: listing files, passing over bad ones, dates, grids, decibels.
 """
 
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
 import pathlib
+import sys
 import types
 import zipfile
 import zlib
@@ -46,7 +49,7 @@ def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], 
       UserError: the builder or the folder is missing, no file can be used, or `out` cannot be written.
     """
     input_folder, out = pathlib.Path(input_folder), pathlib.Path(out)
-    module = load_builder(source)
+    module = load_builder(pathlib.Path(source))
     if not input_folder.is_dir():
         raise UserError(f'"{input_folder}" is not a folder; --input is where the files of {module.__name__} lie')
     tfds_class = _tfds_builder(module)
@@ -62,8 +65,9 @@ def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], 
     return Summary(written.folder, written.count, written.size, written.description, getattr(stream, "bad", {}))
 
 
-def load_builder(source: str | os.PathLike[str]) -> types.ModuleType:
-    """A builder's module, from its file.
+@functools.cache  # TFDS refuses a second class of one name in one process
+def load_builder(source: str | pathlib.Path) -> types.ModuleType:
+    """A builder's module, from its file; loaded once a process.
 
     Raises:
       UserError: there is no such file, it is not Python, or it builds nothing.
@@ -99,10 +103,14 @@ def _tfds_builder(module: types.ModuleType) -> Any | None:
 def _build_tfds(builder_class: Any, input_folder: pathlib.Path, out: pathlib.Path) -> Summary:
     import tensorflow_datasets as tfds
 
+    config = tfds.download.DownloadConfig(
+        manual_dir=input_folder,
+        download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS,  # an older build is replaced, not silently kept
+    )
     try:
         builder = builder_class(data_dir=out, file_format="array_record")
-        config = tfds.download.DownloadConfig(manual_dir=input_folder)
-        builder.download_and_prepare(download_config=config)
+        with contextlib.redirect_stdout(sys.stderr):  # TFDS tells its progress there, where results belong
+            builder.download_and_prepare(download_config=config)
     except OSError as error:
         raise UserError(f'"{out}" could not be written: {error}') from error
     folder = pathlib.Path(builder.data_dir)

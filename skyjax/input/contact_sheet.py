@@ -219,7 +219,9 @@ def _thumbnail(sequence: Sequence, date: int, limits: Limits, side: int) -> PIL.
     # Few pixels are shown as they are; many are averaged.
     resample = PIL.Image.Resampling.NEAREST if max(image.size) < side else PIL.Image.Resampling.LANCZOS
     clear = PIL.Image.fromarray(sequence.clear[date]).resize((side, side), PIL.Image.Resampling.NEAREST)
-    return PIL.Image.fromarray(_hatch(np.asarray(image.resize((side, side), resample)), ~np.asarray(clear)))
+    thumbnail = PIL.Image.fromarray(_hatch(np.asarray(image.resize((side, side), resample)), ~np.asarray(clear)))
+    PIL.ImageDraw.Draw(thumbnail).rectangle((0, 0, side - 1, side - 1), outline=_RULE)  # a white cloud on white paper
+    return thumbnail
 
 
 def _hatch(image: UInt8[np.ndarray, "h w 3"], where: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:

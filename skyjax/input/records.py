@@ -299,10 +299,8 @@ class RecordSource:
             if shard not in self._readers:
                 path, want = self.folder / self._files[shard], self.description["shards"][shard]["count"]
                 reader = ArrayRecordReader(str(path), _READER_OPTIONS)
-                if not reader.ok() or reader.num_records() != want:
-                    found = (
-                        f"{reader.num_records():,} of {want:,} records" if reader.ok() else "not an ArrayRecord file"
-                    )
-                    raise UserError(f'"{path}" is empty or truncated ({found}); build the dataset again')
+                found = reader.num_records() if reader.ok() else 0
+                if found != want:
+                    raise UserError(f'"{path}" is empty or truncated ({found:,} of {want:,} records); build it again')
                 self._readers[shard] = reader
         return self._readers[shard]

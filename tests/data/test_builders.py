@@ -1,0 +1,207 @@
+"""Every builder on the real files in data/sample, against the arrays in those files read by numpy alone."""
+
+import datetime
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from skyjax.input.build import load_builder
+from skyjax.sensors import get_sensor
+
+DATA = pathlib.Path(__file__).parents[2] / "data"
+NAMES = ("triples", "worldcereal", "benv2", "pastis", "treesatai", "flair2")
+COUNTS = {"triples": 4, "worldcereal": 2, "benv2": 15, "pastis": 5, "treesatai": 2, "flair2": 1}
+
+
+@pytest.fixture(scope="module")
+def built():
+    return {name: list(load_builder(DATA / f"{name}.py").samples(DATA / "sample" / name)) for name in NAMES}
+
+
+def arrays(name, stem):
+    return np.load(DATA / "sample" / name / f"{stem}.npz", allow_pickle=False)
+
+
+def band(sequence, name):
+    return sequence.values[..., sequence.bands.index(name)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_becomes_a_sample_of_the_contract(built, name):
+    assert len(built[name]) == COUNTS[name]
+    assert len({sample.id for sample in built[name]}) == COUNTS[name]
+    module = load_builder(DATA / f"{name}.py")
+    assert module.LICENCE
+    assert module.ATTRIBUTION
+    for sample in built[name]:
+        assert -180 <= sample.lonlat[0] <= 180
+        assert -90 <= sample.lonlat[1] <= 90
+        for sequence in sample.sequences.values():
+            assert sequence.valid.any()
+            assert sequence.clear.mean() > 0.3
+            assert sequence.values.dtype.name in ("uint8", "uint16", "int16", "float32")
+            assert np.isfinite(sequence.values[sequence.clear]).all()
+            # Every value of an 8-bit band would pass any range; the others lie near their sensor's statistics.
+            table = get_sensor(sequence.sensor)
+            for c, key in enumerate(sequence.bands):
+                known = table.bands[table.index(key)]
+                mean = sequence.values[..., c][sequence.clear].mean()
+                assert abs(mean - known.mean) < 3 * known.std, (sample.id, key, mean)
+
+
+def test_sample_folder_fits_the_repository():
+    files = [file for file in (DATA / "sample").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 25_000_000
+    assert max(file.stat().st_size for file in files) <= 3_000 * 1024
+    told = (DATA / "sample" / "README.md").read_text()
+    assert "Contains modified Copernicus Sentinel data" in told
+    assert all(f"`{folder.name}/`" in told for folder in (DATA / "sample").iterdir() if folder.is_dir())
+
+
+def test_eurosat_has_its_classes_and_no_image_twice():
+    folder = DATA / "sample" / "eurosat_rgb"
+    names = {
+        split: {f"{f.parent.name}/{f.name}" for f in (folder / split).glob("*/*.jpg")} for split in ("train", "test")
+    }
+    assert (len(names["train"]), len(names["test"])) == (2000, 500)
+    assert not names["train"] & names["test"]
+
+
+# --- traps -----------------------------------------------------------------------------------------------------------
+
+
+def test_triples_name_the_aerial_bands(built):
+    for sample in built["triples"]:
+        optical, source = sample.sequences["optical"], arrays("triples", sample.id)["hr"]
+        assert_array_equal(band(optical, "red")[0], source[3])
+        assert_array_equal(band(optical, "nir")[0], source[0])
+        red, nir = band(optical, "red").mean(dtype=float), band(optical, "nir").mean(dtype=float)
+        assert (nir - red) / (nir + red) > 0.2  # a forest: the vegetation index is high only if the names are right
+        assert optical.extent.tolist() == pytest.approx([30.4, -30.4, -30.4, 30.4], abs=1e-4)
+
+
+def test_triples_have_radar_in_decibels_by_date(built):
+    sample = next(s for s in built["triples"] if s.id.startswith("Betula_spec._1"))
+    sar, source = sample.sequences["sar"], arrays("triples", sample.id)
+    assert len(sar.days) == 115 + 235
+    assert (np.diff(sar.days) == 0).any()  # a day with two passes keeps both
+    first = datetime.date(2019, 1, 1)  # the first ascending pass; descending ones begin on the third
+    assert sar.days[0] == (first - datetime.date(1970, 1, 1)).days
+    assert_allclose(band(sar, "VH")[0], 10 * np.log10(source["s1_asc"][0, 1].astype(np.float64)), rtol=1e-5)
+    dark = np.isnan(sar.values).any(-1)
+    assert dark.sum() > 0  # zeros and NaN of the source
+    assert not (dark & sar.clear).any()
+
+
+def test_triples_leave_scrambled_radar_out(built):
+    radar = {sample.id.split("_WEFL")[0]: "sar" in sample.sequences for sample in built["triples"]}
+    assert radar == {
+        "Abies_alba_1_1005": True,
+        "Betula_spec._1_15679": True,
+        "Betula_spec._5_17172": False,
+        "Quercus_robur_7_86717": False,
+    }
+    for sample in built["triples"]:
+        if "sar" in sample.sequences:  # volume scattering of a forest: VV is some 3 to 8 dB above VH
+            sar = sample.sequences["sar"]
+            assert 3 < np.nanmean(band(sar, "VV") - band(sar, "VH")) < 8
+
+
+def test_triples_mask_and_labels(built):
+    sample = next(s for s in built["triples"] if s.id.startswith("Betula_spec._1"))
+    sequence, source = sample.sequences["multispectral"], arrays("triples", sample.id)
+    assert_array_equal(np.moveaxis(sequence.values, -1, 1), source["s2"])  # in order already
+    assert_array_equal(sequence.clear, (source["s2_mask"][:, 0] < 50) & (source["s2_mask"][:, 1] < 50))
+    module = load_builder(DATA / "triples.py")
+    names = module.label_names(DATA)["genera"]
+    assert [names[i] for i in np.flatnonzero(sample.labels["genera"])] == ["Betula", "Picea"]  # Quercus has 4 %
+
+
+def test_worldcereal(built):
+    belgium, tanzania = built["worldcereal"]
+    source = arrays("worldcereal", "0000280849BAC91C")
+    sequence = belgium.sequences["multispectral"]
+    assert sequence.values.shape == (72, 64, 64, 10)
+    assert_array_equal(band(sequence, "B08"), source["s2_10m"][:, 3])
+    assert_array_equal(band(sequence, "B05")[:, ::2, ::2], source["s2_20m"][:, 0])
+    assert_array_equal(band(sequence, "B05")[:, 1::2, 1::2], source["s2_20m"][:, 0])
+    scene = source["scl_20m"].repeat(2, 1).repeat(2, 2)
+    assert_array_equal(sequence.clear, np.isin(scene, [4, 5, 6, 7]) & (sequence.values > 0).all(-1))
+
+    assert tanzania.lonlat.tolist() == pytest.approx([36.850299, -3.657184], abs=1e-5)  # the npz has it swapped
+    sequence = tanzania.sequences["multispectral"]
+    assert sequence.values.shape == (136, 32, 32, 6)
+    assert sequence.bands == ("B05", "B06", "B07", "B8A", "B11", "B12")
+    for sample in built["worldcereal"]:
+        for sequence in sample.sequences.values():
+            assert sequence.extent.tolist() == [320, -320, -320, 320]  # 64 x 10 m = 32 x 20 m
+        assert sample.labels["land_cover"].shape == (64, 64)
+    assert set(np.unique(tanzania.labels["land_cover"])) == {-1, 11}
+
+
+def test_bigearthnet_in_both_forms(built):
+    forms = set()
+    for sample in built["benv2"]:
+        source = arrays("benv2", sample.id)
+        optical, sar = sample.sequences["multispectral"], sample.sequences["sar"]
+        assert optical.values.shape == (1, 120, 120, 12)
+        merged = "s2" in source.files
+        forms.add(merged)
+        if merged:
+            assert_array_equal(band(sar, "VH")[0], source["s1"][0])
+        else:
+            assert_array_equal(band(sar, "VH")[0], source["VH"][0])
+            assert_array_equal(band(optical, "B01")[0, ::6, 5::6], source["B01"][0])
+            assert_array_equal(band(optical, "B11")[0, 1::2, ::2], source["B11"][0])
+        assert np.mean(band(sar, "VV") > band(sar, "VH")) > 0.85
+        date = datetime.datetime.strptime(sample.id.split("_")[2][:8], "%Y%m%d").date()
+        assert optical.days[0] == (date - datetime.date(1970, 1, 1)).days
+        about = json.loads((DATA / "sample" / "benv2" / f"{sample.id}.json").read_text())
+        assert sample.labels["classes"].sum() == len(about["labels"])  # every name is one of the nineteen
+    assert forms == {True, False}
+
+
+def test_pastis(built):
+    for sample in built["pastis"]:
+        source = arrays("pastis", sample.id)
+        sequence, sar = sample.sequences["multispectral"], sample.sequences["sar"]
+        assert sequence.values.dtype == np.int16
+        assert_array_equal(np.moveaxis(sequence.values, -1, 1), source["s2"])
+        assert sequence.extent.tolist() == [640, -640, -640, 640]
+        assert len(sar.days) == 6
+        assert (np.diff(sar.days) >= 0).all()
+        # The first pass of each orbit, without loss from float16.
+        both = np.concatenate([source["s1a"][:, 0], source["s1d"][:, 0]]).astype(np.float32)
+        assert_array_equal(np.sort(band(sar, "VV").ravel()), np.sort(both.ravel()))
+        crops = sample.labels["crops"]
+        assert_array_equal(crops == -1, source["semantic"][0] == 19)
+        assert crops.max() <= 18
+
+
+def test_treesatai(built):
+    sample = next(s for s in built["treesatai"] if s.id.startswith("Fraxinus"))
+    source = arrays("treesatai", "Fraxinus_excelsior_9_30784_WEFL_NLF.tif")
+    sequence = sample.sequences["multispectral"]
+    assert_array_equal(band(sequence, "B08")[0], source["s2"][3])
+    assert_array_equal(band(sequence, "B09")[0], source["s2"][11])
+    assert sample.sequences["sar"].bands == ("VV", "VH")
+    # The radar's grid begins at 429515, 5903715, the aerial image at 429510.6, 5903711.4: 3.6 m north of its edge.
+    assert sample.sequences["sar"].extent.tolist() == pytest.approx([34, -26, -26, 34], abs=0.1)
+    for sample in built["treesatai"]:
+        # A forest in leaf reflects more in the near infrared than in the red: the band order is right.
+        values = sample.sequences["multispectral"]
+        assert band(values, "B08").mean() > 3 * band(values, "B04").mean()
+        assert band(values, "B8A").mean() > band(values, "B05").mean()
+
+
+def test_flair2_is_optical_only(built):
+    (sample,) = built["flair2"]
+    assert set(sample.sequences) == {"optical"}
+    assert sample.sequences["optical"].bands == ("red", "green", "blue", "nir")
+    assert sample.labels["land_cover"].shape == (512, 512)
+    assert datetime.date(1970, 1, 1) + datetime.timedelta(int(sample.sequences["optical"].days[0])) == datetime.date(
+        2019, 8, 26
+    )
