@@ -1,0 +1,84 @@
+"""Pictures of a run's report as HTML: the data as it is stored, and the features beside the images.
+
+In: the folders of records that the config names, and the model. Out: HTML with every picture inside it.
+"""
+
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as ListOf
+from html import escape
+
+from skyjax.evals import pictures
+from skyjax.sample import MODALITIES, Sample
+
+SITES_A_SOURCE = 2
+TITLES = {"optical": "optical", "multispectral": "multispectral", "sar": "SAR", "fused": "fused"}
+
+
+def data_sheet(samples: Mapping[str, ListOf[Sample]]) -> str:
+    """A few sites of each source: the dates of each modality side by side, unclear parts striped."""
+    parts = [
+        '<p class="lead">A few sites of each source as they are stored, dates in order. Striped in red: not clear'
+        " (cloud, shadow, snow or nodata), which training masks. <b>Bad:</b> stripes on clear ground, clouds without"
+        " stripes, dates that show different places.</p>"
+    ]
+    for source, found in samples.items():
+        parts.append(f'<div class="source"><h3>{escape(source)}</h3>')
+        parts += [_sample(sample) for sample in found[:SITES_A_SOURCE]]
+        parts.append("</div>")
+    return "".join(parts)
+
+
+def feature_sheet(groups: Iterable[pictures.FeaturePictures]) -> str:
+    """For each modality and the fused features: sites with their images beside the features in colour."""
+    parts = [
+        '<p class="lead">The teacher\'s spatial features: their first three principal components as red, green'
+        " and blue on their own grid. They are fitted over the sites of a row together, so that one colour means one"
+        " kind of place along the row, and nothing from row to row. Grey: masked. <b>Bad:</b> one colour everywhere, or"
+        " colours that ignore what the image shows.</p>"
+    ]
+    for group in groups:
+        title, share = TITLES[group.title], f"three components hold {100 * sum(group.shares):.0f} % of the variance"
+        parts.append(f'<h3>{title[0].upper()}{title[1:]} <span class="quiet">{share}</span></h3><div class="pairs">')
+        parts += [_site(site) for site in group.sites]
+        parts.append("</div>")
+    return "".join(parts)
+
+
+def _site(site: pictures.SitePicture) -> str:
+    images = [_picture(image, TITLES[modality], day) for modality, day, image in site.images]
+    grid = f"{site.grid[0]} × {site.grid[1]} places"
+    return (
+        f'<div class="site"><div class="pair-name">{escape(site.name)}</div><div class="pair">{"".join(images)}'
+        f"{_picture(site.features, 'features', grid)}</div></div>"
+    )
+
+
+def _picture(image: pictures.Image, caption: str, note: str = "") -> str:
+    quiet = f'<br><span class="quiet">{escape(note)}</span>' if note else ""
+    alt = escape(f"{caption} {note}".strip())
+    return (
+        f'<figure><img src="{pictures.data_uri(image)}" alt="{alt}" loading="lazy"><figcaption>{escape(caption)}{quiet}'
+        "</figcaption></figure>"
+    )
+
+
+def _sample(sample: Sample) -> str:
+    lon, lat = sample.lonlat.tolist()
+    place = (
+        f"{abs(lat):.3f}° {'N' if lat >= 0 else 'S'}, {abs(lon):.3f}° {'E' if lon >= 0 else 'W'}" if lon == lon else ""
+    )
+    strips = []
+    for modality in MODALITIES:
+        if modality in sample.sequences:
+            sequence = sample.sequences[modality]
+            shown = pictures.date_pictures(sequence)
+            count = int(sequence.valid.sum())
+            dates = f"{len(shown)} of {count} dates" if len(shown) < count else f"{count} date{'s' * (count != 1)}"
+            size = f"{sequence.values.shape[1]} × {sequence.values.shape[2]} px"
+            tiles = [_picture(d.image, d.day, "" if d.clear > 0.995 else f"{100 * d.clear:.0f} % clear") for d in shown]
+            name = f"<b>{TITLES[modality]}</b>{escape(sequence.sensor)}<br>{size}, {dates}"
+            alone = " single" if count == 1 else ""
+            row = f'<div class="tiles{alone}">{"".join(tiles)}</div>'
+            strips.append(f'<div class="strip"><div class="strip-name">{name}</div>{row}</div>')
+    body = "".join(strips) or _gone("No modality.")
+    return f'<div class="site"><div class="site-name"><b>{escape(sample.id)}</b> {place}</div>{body}</div>'

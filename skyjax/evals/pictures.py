@@ -1,0 +1,297 @@
+"""Pictures of a run for its report: samples as the model gets them, and what its spatial features look like.
+
+Features of width d become colours by their first three principal components, fitted over all the places that are shown
+for one modality, so that one colour means the same at every site. Images come from input/contact_sheet.py `picture`.
+"""
+
+import base64
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as ListOf
+from typing import Any
+
+import numpy as np
+import PIL.Image
+from jaxtyping import Bool, Float, UInt8
+
+from skyjax.errors import UserError
+from skyjax.input import contact_sheet, records
+from skyjax.sample import MODALITIES, Sample, Sequence
+
+MASKED = np.array([150, 150, 150], np.uint8)
+UNCLEAR = np.array([226, 54, 84], np.uint8)
+SCANNED = 48  # records of a data set that are read to find samples of each source
+COMPONENTS = 3
+
+Image = UInt8[np.ndarray, "h w 3"]
+Encode = Callable[[Sample], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Components:
+    """Principal components of a set of feature vectors, and the range of each that becomes a colour channel.
+
+    Attributes:
+      mean: of the features.
+      axes: unit vectors, by falling variance; each points so that its largest entry is positive.
+      shares: of the whole variance.
+      low, high: the 2nd and 98th percentile of the features along each axis: black and full colour.
+    """
+
+    mean: Float[np.ndarray, "d"]
+    axes: Float[np.ndarray, "3 d"]
+    shares: Float[np.ndarray, "3"]
+    low: Float[np.ndarray, "3"]
+    high: Float[np.ndarray, "3"]
+
+    def colours(self, features: Float[np.ndarray, "h w d"], valid: Bool[np.ndarray, "h w"]) -> Image:
+        """Features as red, green and blue; grey where masked."""
+        along = (features.astype(np.float64) - self.mean) @ self.axes.T
+        extent = self.high - self.low
+        # An axis without variance says nothing: the middle, not noise blown up to full colour.
+        level = np.where(extent > 1e-9, (along - self.low) / np.where(extent > 1e-9, extent, 1), 0.5)
+        return np.where(valid[..., None], np.rint(255 * np.clip(level, 0, 1)).astype(np.uint8), MASKED)
+
+
+def principal_components(features: Float[np.ndarray, "n d"]) -> Components:
+    """The first three principal components of at least one feature vector; axes that don't exist are zero."""
+    mean = features.mean(0, dtype=np.float64)
+    centred = features - mean
+    _, singular, axes = np.linalg.svd(centred, full_matrices=False)
+    count = min(COMPONENTS, len(axes))
+    first = np.zeros((COMPONENTS, features.shape[1]))
+    largest = np.abs(axes[:count]).argmax(1)
+    first[:count] = axes[:count] * np.sign(axes[np.arange(count), largest])[:, None]
+    shares = np.zeros(COMPONENTS)
+    shares[:count] = singular[:count] ** 2 / max(float((singular**2).sum()), np.finfo(np.float64).tiny)
+    low, high = np.percentile(centred @ first.T, (2, 98), axis=0)
+    return Components(mean, first, shares, low, high)
+
+
+@dataclasses.dataclass(frozen=True)
+class SitePicture:
+    """One site: (modality, day, image) of each sequence that is shown, and its features in colour on their grid."""
+
+    name: str
+    images: tuple[tuple[str, str, Image], ...]
+    features: Image
+    grid: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturePictures:
+    """Sites of one modality, or of the fused features, in the colours of one set of components."""
+
+    title: str
+    sites: tuple[SitePicture, ...]
+    shares: tuple[float, ...]
+
+
+def samples_by_source(folders: Iterable[str]) -> dict[str, list[Sample]]:
+    """Samples from all over each data set, by the collection that they come from; unreadable records are passed over.
+
+    Raises:
+      UserError: a folder is no data set.
+    """
+    found: dict[str, list[Sample]] = {}
+    for folder in folders:
+        source = records.RecordSource(folder)
+        for index in np.unique(np.linspace(0, len(source) - 1, min(SCANNED, len(source))).astype(int)).tolist():
+            try:
+                sample = source[index]
+            except UserError:
+                continue  # counted and named by the training that met it
+            found.setdefault(sample.source or str(folder), []).append(sample)
+    return found
+
+
+def feature_pictures(
+    encode: Encode, samples: Mapping[str, ListOf[Sample]], *, sites: int = 3, side: int = 320
+) -> list[FeaturePictures]:
+    """For each modality and the fused features: a few sites, their images beside their features in colour.
+
+    Args:
+      encode: `Pretrained.encode`: a sample to its outputs with a leading axis of 1.
+      samples: source -> samples to choose from; sites come from as many sources as there are, clear dates first.
+      sites: at most, for each modality.
+      side: about how many pixels wide each picture is.
+    """
+    mixed = _one_source_after_the_other(samples)
+    outputs: dict[int, Mapping[str, Any] | None] = {}
+    groups = []
+    for modality in (*MODALITIES, "fused"):
+        chosen = _choose(mixed, modality, sites)
+        found = []
+        for sample in chosen:
+            if id(sample) not in outputs:
+                outputs[id(sample)] = _encoded(encode, sample)
+            output = outputs[id(sample)]
+            place = _features(output, sample, modality) if output else None
+            found += [(sample, *place)] if place else []
+        if found:
+            groups.append(_paint(modality, found, side))
+    return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class DatePicture:
+    """One date of a sequence as it is shown: its day, its image with unclear parts hatched, the share that is clear."""
+
+    day: str
+    image: Image
+    clear: float
+
+
+def date_pictures(sequence: Sequence, *, dates: int = 8, side: int = 176) -> list[DatePicture]:
+    """Dates from all over a sequence, in order; a date that is not there is left out."""
+    there = np.flatnonzero(sequence.valid)
+    limits = _limits(sequence)
+    shown = there[np.unique(np.linspace(0, len(there) - 1, min(dates, len(there))).round().astype(int))]
+    return [
+        DatePicture(
+            _day(sequence.days[date]),
+            hatch(fit(contact_sheet.picture(sequence, date, limits), side), fit(sequence.clear[date], side)),
+            float(sequence.clear[date].mean()),
+        )
+        for date in shown.tolist()
+    ]
+
+
+def _limits(sequence: Sequence) -> np.ndarray:
+    """What is black and what is full colour on all dates alike.
+
+    Of the dates' own limits the median and the 75th percentile, not the extremes: one missed cloud, bright as it is,
+    would darken a year of forest.
+    """
+    share = np.where(sequence.valid, sequence.clear.mean((1, 2)), 0.0)
+    dates = np.flatnonzero(share >= min(0.5, share.max()))
+    # Some dozens tell as much as all, and there may be hundreds.
+    dates = dates[np.unique(np.linspace(0, len(dates) - 1, min(len(dates), 24)).astype(int))]
+    low, high = np.moveaxis(np.stack([contact_sheet.stretch(sequence, date) for date in dates.tolist()]), -1, 0)
+    return np.stack([np.median(low, 0), np.percentile(high, 75, 0)], -1)
+
+
+def fit(image: np.ndarray, side: int, *, grid: bool = False) -> np.ndarray:
+    """An image or a mask at about `side` pixels: small ones by whole factors, each pixel a square; large ones reduced.
+
+    With `grid`, squares of 6 pixels and more are set apart by a line.
+    """
+    height, width = image.shape[:2]
+    longest = max(height, width)
+    if longest > side:
+        rows, columns = max(1, round(height * side / longest)), max(1, round(width * side / longest))
+        how = PIL.Image.Resampling.LANCZOS if image.ndim == 3 else PIL.Image.Resampling.NEAREST
+        return np.asarray(PIL.Image.fromarray(image).resize((columns, rows), how))
+    factor = math.ceil(side / longest)
+    large = image.repeat(factor, 0).repeat(factor, 1)
+    if grid and factor >= 6:
+        large[factor - 1 : -1 : factor] = large[factor - 1 : -1 : factor] // 3 * 2
+        large[:, factor - 1 : -1 : factor] = large[:, factor - 1 : -1 : factor] // 3 * 2
+    return large
+
+
+def hatch(image: Image, clear: Bool[np.ndarray, "h w"]) -> Image:
+    """The image with slanted stripes where it is not clear."""
+    rows, columns = np.indices(clear.shape)
+    period = max(6, max(clear.shape) // 12)
+    stripe = (rows + columns) % period < max(2, period // 5)
+    return np.where((~clear & stripe)[..., None], UNCLEAR, image).astype(np.uint8)
+
+
+def data_uri(image: Image) -> str:
+    """An image as the address of itself: PNG, or JPEG where that is shorter, as it is for photographs."""
+    written = {}
+    for kind, options in (("png", {}), ("jpeg", {"quality": 88, "subsampling": 0})):
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(image).save(buffer, kind, **options)
+        written[kind] = buffer.getvalue()
+    kind = min(written, key=lambda kind: len(written[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(written[kind]).decode()}"
+
+
+def _one_source_after_the_other(samples: Mapping[str, ListOf[Sample]]) -> list[Sample]:
+    longest = max(map(len, samples.values()), default=0)
+    return [found[index] for index in range(longest) for found in samples.values() if index < len(found)]
+
+
+def _choose(samples: ListOf[Sample], modality: str, sites: int) -> list[Sample]:
+    """Sites that have the modality, clear dates first; for the fused features those with most modalities."""
+    if modality == "fused":
+        return sorted(samples, key=lambda sample: -sum(bool(s.valid.any()) for s in sample.sequences.values()))[:sites]
+    having = [s for s in samples if modality in s.sequences and s.sequences[modality].valid.any()]
+    return sorted(having, key=lambda sample: _clearest(sample.sequences[modality])[1] < 0.95)[:sites]
+
+
+def _clearest(sequence: Sequence, days: np.ndarray | None = None) -> tuple[int, float]:
+    """The date with the greatest clear share, among `days` where given (the middle one of several), and the share."""
+    usable = sequence.valid if days is None else sequence.valid & np.isin(sequence.days, days)
+    share = np.where(usable, sequence.clear.mean((1, 2)), -1.0)
+    best = np.flatnonzero(share == share.max())
+    return int(best[len(best) // 2]), float(share.max())
+
+
+def _encoded(encode: Encode, sample: Sample) -> Mapping[str, Any] | None:
+    try:
+        return encode(sample)
+    except UserError:
+        return None  # such as a sensor that the model does not name; the other sites are still worth a look
+
+
+def _features(
+    output: Mapping[str, Any], sample: Sample, modality: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]] | None:
+    """Features (h, w, d), where they are valid, and the date of each sequence to show; None where all is masked."""
+    dates = {}
+    for name, sequence in sample.sequences.items():
+        if name in output["days"]:
+            date, share = _clearest(sequence, np.asarray(output["days"][name])[0])
+            dates.update({name: date} if share >= 0 else {})
+    if modality == "fused":
+        features, valid = output["fused"][0], output["fused_valid"][0]
+    elif modality in dates:
+        day = sample.sequences[modality].days[dates[modality]]
+        slot = int(np.flatnonzero(np.asarray(output["days"][modality])[0] == day)[0])
+        features, valid = output["spatial"][modality][0, slot], output["spatial_valid"][modality][0, slot]
+        dates = {modality: dates[modality]}
+    else:
+        return None
+    features, valid = np.asarray(features, np.float64), np.asarray(valid)
+    return (features, valid, dates) if valid.any() else None
+
+
+def _paint(
+    modality: str, found: ListOf[tuple[Sample, np.ndarray, np.ndarray, dict[str, int]]], side: int
+) -> FeaturePictures:
+    components = principal_components(np.concatenate([features[valid] for _, features, valid, _ in found]))
+    pictures = []
+    for sample, features, valid, dates in found:
+        images = []
+        for name, date in dates.items():
+            sequence = sample.sequences[name]
+            image = hatch(
+                fit(_on_site(contact_sheet.picture(sequence, date), sequence, sample), side),
+                fit(_on_site(sequence.clear[date], sequence, sample), side),
+            )
+            images.append((name, _day(sequence.days[date]), image))
+        colours = fit(components.colours(features, valid), side, grid=True)
+        pictures.append(SitePicture(f"{sample.source} {sample.id}".strip(), tuple(images), colours, features.shape[:2]))
+    return FeaturePictures(modality, tuple(pictures), tuple(components.shares.tolist()))
+
+
+def _on_site(image: np.ndarray, sequence: Sequence, sample: Sample) -> np.ndarray:
+    """The part of an image that lies on the ground that all sequences of the sample share: what the features cover."""
+    extents = np.stack([other.extent for other in sample.sequences.values() if other.valid.any()])
+    top, bottom = extents[:, 0].min(), extents[:, 2].max()
+    left, right = extents[:, 1].max(), extents[:, 3].min()
+    height, width = image.shape[:2]
+    high, west, low, east = sequence.extent
+    rows = np.rint((high - np.array([top, bottom])) / (high - low) * height).astype(int)
+    columns = np.rint((np.array([left, right]) - west) / (east - west) * width).astype(int)
+    cut = image[rows[0] : max(rows[1], rows[0] + 1), columns[0] : max(columns[1], columns[0] + 1)]
+    return cut if cut.size else image
+
+
+def _day(days: int) -> str:
+    return str(np.datetime64(0, "D") + np.timedelta64(int(days), "D"))

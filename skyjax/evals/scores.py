@@ -1,0 +1,173 @@
+"""Probe results as tables of the report: accuracy with its interval drawn, baselines muted, the run's own row strong.
+
+In: probe.json, a list of what `probe.run` returns. Out: HTML.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from skyjax.evals.charts import confusion_matrix, interval, short, ticks
+
+BASELINES = ("image statistics", "random convolution", "untrained")
+MAX_CLASSES = 40  # in a confusion matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of a probe's table; value and interval in percent."""
+
+    features: str
+    method: str
+    value: float
+    low: float
+    high: float
+
+    @property
+    def baseline(self) -> bool:
+        """Whether these features know nothing of the training."""
+        return any(word in self.features.lower() for word in BASELINES)
+
+
+def read_probes(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The results in a probe.json that have rows; none where the file is missing or is not JSON."""
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return []
+    results = results if isinstance(results, list) else [results]
+    return [result for result in results if isinstance(result, dict) and rows(result)]
+
+
+def rows(result: Mapping[str, Any]) -> list[Row]:
+    """The rows of one result; a row without an interval gets its value as both ends."""
+    found = []
+    for row in result.get("rows") or ():
+        value = row.get("accuracy")
+        if isinstance(value, int | float):
+            low, high = (100 * float(row.get(end, value)) for end in ("low", "high"))
+            found.append(Row(str(row.get("features", "")), str(row.get("method", "")), 100 * float(value), low, high))
+    return found
+
+
+def best_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Row | None, Row | None]]:
+    """Dataset -> the run's best row and the best baseline, over all tasks and methods on it."""
+    by_dataset: dict[str, list[Row]] = {}
+    for result in results:
+        by_dataset.setdefault(str(result.get("dataset", "the probe set")), []).extend(rows(result))
+    return {
+        dataset: (
+            max((row for row in every if not row.baseline), key=lambda row: row.value, default=None),
+            max((row for row in every if row.baseline), key=lambda row: row.value, default=None),
+        )
+        for dataset, every in by_dataset.items()
+    }
+
+
+def verdict(ours: Row, theirs: Row) -> str:
+    """What the two intervals allow to say."""
+    if ours.low > theirs.high:
+        return "clearly better than"
+    if ours.high < theirs.low:
+        return "clearly worse than"
+    return "not clearly different from"
+
+
+def probe_table(result: Mapping[str, Any], together: Sequence[Mapping[str, Any]] = ()) -> str:
+    """One result: rows by method, with a line at each method's best baseline.
+
+    All results `together` on one dataset share an axis, so that tables under each other can be compared.
+    """
+    every = rows(result)
+    all_rows = [row for other in (result, *together) for row in rows(other)]
+    low, high = min(row.low for row in all_rows), max(row.high for row in all_rows)
+    axis = [tick for tick in ticks(max(0.0, low - 2), min(100.0, high + 2), count=5) if 0 <= tick <= 100]
+    parts = [
+        '<table class="probe"><thead><tr><th scope="col">Features</th><th scope="col" class="number">Accuracy</th>'
+        f'<th scope="col" class="number">95 % interval</th><th scope="col" class="bar">{_axis(axis)}</th></tr></thead>'
+    ]
+    for method in dict.fromkeys(row.method for row in every):
+        group = [row for row in every if row.method == method]
+        best = max((row.value for row in group if row.baseline), default=None)
+        parts.append(f'<tbody><tr class="method"><th scope="rowgroup" colspan="4">{escape(method)}</th></tr>')
+        for row in sorted(group, key=lambda row: row.baseline):
+            parts.append(_row(row, axis, best))
+        parts.append("</tbody>")
+    return "".join([*parts, "</table>"])
+
+
+def class_table(result: Mapping[str, Any]) -> str:
+    """Accuracy of each class and the confusion matrix, where the result has them; else empty."""
+    counts = np.asarray(result.get("confusion") or np.empty((0, 0)), np.float64)
+    if counts.ndim != 2 or not 0 < len(counts) == counts.shape[-1] <= MAX_CLASSES:
+        return ""
+    names = [str(name) for name in result.get("classes") or ()]
+    if len(names) != len(counts):
+        names = [f"class {index + 1}" for index in range(len(counts))]
+    lines = []
+    for index, name in enumerate(names):
+        total = counts[index].sum()
+        share = 100 * counts[index, index] / total if total else float("nan")
+        bar = f'<span class="track"><span style="width:{share:.1f}%"></span></span>' if total else ""
+        lines.append(
+            f'<tr><td class="number">{index + 1}</td><th scope="row">{escape(name)}</th><td class="bar">{bar}</td>'
+            f'<td class="number">{_percent(share) if total else "–"}</td></tr>'
+        )
+    return (
+        '<div class="classes"><table class="class"><thead><tr><th class="number">#</th><th>Class</th><th></th>'
+        f'<th class="number">Right</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        f"<figure>{confusion_matrix(counts, names)}<figcaption>Rows: the true class. Columns: what the probe said."
+        " Blue on the diagonal is right, orange beside it a mistake.</figcaption></figure></div>"
+    )
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence for each dataset: the best row beside the best baseline, and what their intervals allow to say."""
+    sentences = []
+    for dataset, (ours, theirs) in best_rows(results).items():
+        if ours and theirs:
+            sentences.append(
+                f"On {dataset} its best probe ({ours.method}) reaches {_with_interval(ours)}, {verdict(ours, theirs)}"
+                f" the best baseline, {theirs.features}: {_percent(theirs.value)} ({_range(theirs)})."
+            )
+        elif ours:
+            sentences.append(
+                f"On {dataset} its best probe ({ours.method}) reaches {_with_interval(ours)}; no baseline."
+            )
+    return " ".join(sentences)
+
+
+def _with_interval(row: Row) -> str:
+    return f"{_percent(row.value)} (95 % interval {_range(row)})"
+
+
+def _range(row: Row) -> str:
+    return f"{row.low:.1f} – {row.high:.1f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1f} %"
+
+
+def _row(row: Row, axis: Sequence[float], best: float | None) -> str:
+    kind = "baseline" if row.baseline else "ours"
+    title = f"{row.features}, {row.method}: {_with_interval(row)}"
+    bar = interval(row.value, row.low, row.high, axis, colour=kind, title=title, best=None if row.baseline else best)
+    return (
+        f'<tr class="{kind}"><th scope="row">{escape(row.features)}</th><td class="number">{_percent(row.value)}</td>'
+        f'<td class="number range">{_range(row)}</td><td class="bar">{bar}</td></tr>'
+    )
+
+
+def _axis(axis: Sequence[float]) -> str:
+    parts = ['<svg class="interval" height="16" aria-hidden="true">']
+    for index, tick in enumerate(axis):
+        anchor = "start" if index == 0 else "end" if index == len(axis) - 1 else "middle"
+        place = 100 * (tick - axis[0]) / (axis[-1] - axis[0])
+        parts.append(f'<text class="tick" x="{place:.2f}%" y="12" text-anchor="{anchor}">{short(tick)}</text>')
+    return "".join([*parts, "</svg>"])

@@ -1,0 +1,298 @@
+import html.parser
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from skyjax.config import to_json
+from skyjax.errors import UserError
+from skyjax.evals import curves, report, scores
+from skyjax.evals.report import write_report
+
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+SECTIONS = {"learning", "health", "pace", "probes", "features", "data", "config", "reproduce"}
+PROBES = [
+    {
+        "task": "linear",
+        "dataset": "eurosat",
+        "rows": [
+            {"features": "pooled", "method": "L-BFGS", "accuracy": 0.8474, "low": 0.8361, "high": 0.8583},
+            {"features": "image statistics", "method": "L-BFGS", "accuracy": 0.8041, "low": 0.7932, "high": 0.8149},
+            {
+                "features": "the same encoder untrained",
+                "method": "L-BFGS",
+                "accuracy": 0.7566,
+                "low": 0.75,
+                "high": 0.763,
+            },
+        ],
+        "classes": ["Forest", "River"],
+        "confusion": [[90, 10], [5, 45]],
+    },
+]
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that every tag is closed in order, and keeps what the tests look at."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.ids, self.addresses, self.tags = [], set(), [], set()
+        self.rows, self.text = [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.add(tag)
+        self.ids |= {attributes["id"]} if "id" in attributes else set()
+        self.addresses += [
+            attributes[key] for key in ("src", "href", "xlink:href", "data", "action") if key in attributes
+        ]
+        if tag == "tr":
+            self.rows.append([])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert tag not in VOID
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if {"td", "th"} & set(self.open) and "title" not in self.open:
+            self.rows[-1].append(data)
+
+
+def lines(steps=60):
+    return [
+        {
+            "step": step,
+            "loss": 10 - step / 20,
+            "loss/pixel/optical": 6 - step / 30,
+            "loss/pixel/fused": 6.1 - step / 30,
+            "loss/alignment/optical-sar": 3.0,
+            "loss/novel": 1.0,
+            "rank/fused": 1.5 if 20 <= step <= 30 else 6.0,
+            "spread/fused": 0.4,
+            "learning_rate": 1e-3,
+            "gradient_norm": 2.0,
+            "samples_per_second": None if step == 5 else 40.0,
+            "skipped": int(step >= 40),
+            "teacher_momentum": 0.99,
+        }
+        for step in range(5, steps + 1, 5)
+    ]
+
+
+def write_run(folder, config=None, metrics=(), probes=None, facts=None):
+    folder.mkdir(exist_ok=True)
+    if config is not None:
+        (folder / "config.json").write_text(to_json(config))
+    if metrics:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    if probes is not None:
+        (folder / "probe.json").write_text(json.dumps(probes))
+    if facts is not None:
+        (folder / "run.json").write_text(json.dumps(facts))
+    return folder
+
+
+class Model:
+    """Stands in for a checkpoint: features are noise of the right shapes."""
+
+    @staticmethod
+    def load(workdir):
+        return Model()
+
+    def encode(self, sample):
+        rng, t = np.random.default_rng(0), {m: len(s.days) for m, s in sample.sequences.items()}
+        return {
+            "spatial": {m: rng.normal(size=(1, n, 4, 4, 8)) for m, n in t.items()},
+            "spatial_valid": {m: np.ones((1, n, 4, 4), bool) for m, n in t.items()},
+            "days": {m: s.days[None] for m, s in sample.sequences.items()},
+            "fused": rng.normal(size=(1, 4, 4, 8)),
+            "fused_valid": np.ones((1, 4, 4), bool),
+        }
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, tiny_config):
+    """A finished run's report."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    facts = {"revision": "0123456789abcdef", "hardware": "2 CPU cores", "versions": {"jax": "0.10.2"}}
+    write_run(folder, tiny_config(steps=60), lines(), PROBES, facts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "Pretrained", Model)
+        return Page(write_report(folder))
+
+
+def test_a_finished_run_has_every_section(page):
+    text = "".join(page.text)
+    assert page.ids >= SECTIONS
+    assert "The run finished all 60 steps (240 samples, optical, multispectral, SAR)" in text
+    assert "reaches 84.7 % (95 % interval 83.6 – 85.8), clearly better than the best baseline, image statistics" in text
+    assert "1 of 60 steps were skipped" in text
+    assert "The effective rank of fused fell to 1.5 at step 20, below the alarm line of 2, and rose again" in text
+    for title in (
+        "Pixel level",
+        "Alignment between modalities",
+        "Novel",
+        "Effective rank",
+        "Throughput",
+        "teacher momentum",
+    ):
+        assert title in text
+    assert "uniform guess: ln 16 = 2.77" in text
+    assert "could not be made" not in text
+
+
+def test_nothing_is_fetched_and_nothing_runs(page):
+    assert all(re.match(r"data:image/|#", address) for address in page.addresses)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert "img" in page.tags
+    template = report.TEMPLATE.read_text()
+    assert not re.search(r"@import|url\(|https?:", template)
+
+
+def test_the_table_says_what_the_json_says(page):
+    rows = {row[0]: row[1:] for row in page.rows if len(row) >= 3}
+    for want in PROBES[0]["rows"]:
+        value, interval = rows[want["features"]][:2]
+        assert value == f"{100 * want['accuracy']:.1f} %"
+        assert interval == f"{100 * want['low']:.1f} – {100 * want['high']:.1f}"
+    assert ["1", "Forest", "90.0 %"] in page.rows
+    assert ["2", "River", "90.0 %"] in page.rows
+
+
+def test_the_config_and_the_versions_are_there(page):
+    assert ["batch_size", "4"] in page.rows
+    assert ["pixel.tokens", "4"] in page.rows
+    assert ["jax", "0.10.2"] in page.rows
+    assert "git checkout 0123456789abcdef" in "".join(page.text)
+
+
+@pytest.mark.parametrize("metrics", [[], lines(5), [{"step": 5}], [{"step": 5, "loss": None}]])
+def test_what_is_missing_is_said(tmp_path, metrics):
+    page = Page(write_report(write_run(tmp_path / "run", metrics=metrics)))
+    text = "".join(page.text)
+    assert page.ids >= SECTIONS
+    assert "No probe yet" in text
+    assert "config.json is missing" in text
+    assert "the config names no data" in text
+    assert ("No metrics yet" in text) == (not metrics)
+    assert "could not be made" not in text
+
+
+def test_broken_files_are_said_not_raised(tmp_path, tiny_config):
+    folder = write_run(tmp_path / "run", tiny_config(), lines())
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 65, "lo')
+    (folder / "probe.json").write_text("[{")
+    (folder / "run.json").write_text("[]")
+    text = "".join(Page(write_report(folder)).text)
+    assert "The run finished all 60 steps" in text
+    assert "No probe yet" in text
+    assert "No picture of the features" in text
+
+
+def test_a_config_of_records_that_are_gone(tmp_path, tiny_config):
+    config = tiny_config()
+    with config.unlocked():
+        config.data.sources = ((str(tmp_path / "gone"), 1.0),)
+    text = "".join(Page(write_report(write_run(tmp_path / "run", config))).text)
+    assert text.count("No pictures:") == 2
+    assert "Nothing has been logged yet" in text
+
+
+def test_a_part_that_fails_does_not_take_the_page_with_it(tmp_path, monkeypatch, tiny_config):
+    class Broken:
+        @staticmethod
+        def load(workdir):
+            raise RuntimeError("a < b")
+
+    monkeypatch.setattr(report, "Pretrained", Broken)
+    page = Page(write_report(write_run(tmp_path / "run", tiny_config(), lines())))
+    assert page.ids >= SECTIONS
+    assert "This part could not be made: a < b" in "".join(page.text)
+
+
+def test_no_checkpoint_is_a_sentence(tmp_path, monkeypatch, tiny_config):
+    class Missing:
+        @staticmethod
+        def load(workdir):
+            raise UserError("there is no checkpoint")
+
+    monkeypatch.setattr(report, "Pretrained", Missing)
+    text = "".join(Page(write_report(write_run(tmp_path / "run", tiny_config(), lines()))).text)
+    assert "No picture of the features: there is no checkpoint" in text
+
+
+def test_hostile_names_are_text(tmp_path):
+    hostile = "<script>alert(1)</script>"
+    probes = [
+        {
+            "task": hostile,
+            "dataset": hostile,
+            "rows": [{"features": hostile, "method": hostile, "accuracy": 0.5}],
+            "classes": [hostile, '"><b>'],
+            "confusion": [[1, 2], [3, 4]],
+        }
+    ]
+    metrics = [{"step": 1, "loss": 1.0, f"loss/{hostile}/{hostile}": 1.0, hostile: 2.0}]
+    folder = write_run(
+        tmp_path / "<b>run&", metrics=metrics, probes=probes, facts={"command": hostile, "hardware": hostile}
+    )
+    (folder / "config.json").write_text(json.dumps({hostile: {hostile: hostile}, "name": hostile}))
+    page = Page(write_report(folder))
+    assert "script" not in page.tags
+    assert "".join(page.text).count(hostile) > 8
+
+
+def test_of_lines_for_one_step_the_later_counts(tmp_path):
+    again = [{"step": 40, "loss": 1.0}, {"step": 45, "loss": 2.0}]
+    write_run(tmp_path, metrics=lines() + again)
+    got = curves.read_metrics(tmp_path / "metrics.jsonl")
+    assert got.steps.tolist() == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert got.columns["loss"][-2:].tolist() == [1.0, 2.0]
+    assert math.isnan(got.columns["rank/fused"][-1])
+    assert got.resumed == (40,)
+    assert [mark.kind for mark in curves.marks(got)] == ["resumed"]
+
+
+def test_skipped_steps_and_alarms_are_marked_once(tmp_path):
+    write_run(tmp_path, metrics=lines())
+    got = curves.read_metrics(tmp_path / "metrics.jsonl")
+    assert [(mark.step, mark.kind) for mark in curves.marks(got)] == [(40, "skipped")]
+    assert [mark.step for mark in curves.alarms(got, {"objective": {"rank_alarm": 2.0}})] == [20]
+    assert curves.alarms(got, {}) == []
+
+
+def test_a_collapse_that_lasts_is_called_one(tmp_path, tiny_config):
+    text = "".join(Page(write_report(write_run(tmp_path / "run", tiny_config(steps=100), lines(25)))).text)
+    assert "Possible collapse: the effective rank ends at 1.5, below the alarm line of 2" in text
+    assert "stopped at step 25 of 100" in text
+
+
+def row(features, value, low, high):
+    return scores.Row(features, "m", value, low, high)
+
+
+def test_the_verdict_needs_intervals_apart():
+    baseline = row("image statistics", 50, 45, 55)
+    assert scores.verdict(row("pooled", 60, 56, 64), baseline) == "clearly better than"
+    assert scores.verdict(row("pooled", 57, 53, 61), baseline) == "not clearly different from"
+    assert scores.verdict(row("pooled", 40, 36, 44), baseline) == "clearly worse than"
+
+
+def test_the_duration_is_the_time_that_the_logged_speeds_make(tmp_path, tiny_config):
+    # 55 steps of 4 samples at 40 a second; the first five were compiled and have no speed.
+    text = "".join(Page(write_report(write_run(tmp_path / "run", tiny_config(steps=60), lines()))).text)
+    assert "Duration5 s" in text or "Duration6 s" in text
