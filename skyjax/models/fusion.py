@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from skyjax.models.layers import Compute, TransformerLayer, linear, run_transformer, stack, token
+from skyjax.models.layers import Compute, Linear, TransformerLayer, run_transformer, stack, token
 
 EPSILON = 1e-5
 DAYS_A_YEAR = 366
@@ -21,7 +21,7 @@ class Fusion(nnx.Module):
 
     def __init__(self, *, spatial_width: int, width: int, depth: int, heads: int, compute: Compute, rngs: nnx.Rngs):
         self.dates = token((DAYS_A_YEAR, spatial_width), rngs)
-        self.projection = linear(spatial_width, width, compute.dtype, rngs)
+        self.projection = Linear(spatial_width, width, compute.dtype, rngs)
         self.extra_token = token((width,), rngs)
         self.layers = stack(lambda r: TransformerLayer(width, heads, EPSILON, compute.dtype, r), depth, rngs)
         self.compute = compute
@@ -49,7 +49,8 @@ class Fusion(nnx.Module):
         # The extra token may always be looked at: no place is without a key.
         mask = jnp.concatenate([jnp.ones((b * h * w, 1), bool), mask], axis=1)
         first = jnp.broadcast_to(self.extra_token[...].astype(x.dtype), (b * h * w, 1, d))
-        x = run_transformer(self.compute, self.layers, jnp.concatenate([first, x], axis=1), mask, key)
+        x = jnp.concatenate([first, x], axis=1)
+        x = run_transformer(self.compute, self.layers, x, mask, key, queries=1)
         return x[:, 0].reshape(b, h, w, d)
 
 

@@ -40,26 +40,41 @@ class Compute:
         if self.remat not in ("full", "none"):
             raise ValueError(f'model.remat is "{self.remat}"; it is "full" or "none"')
 
-    def rates(self, depth: int) -> np.ndarray:
+    def rates(self, length: int) -> np.ndarray:
         """Stochastic depth of each block, linear from 0."""
-        return np.linspace(0.0, self.drop_path, depth, dtype=np.float32)
+        return np.linspace(0.0, self.drop_path, length, dtype=np.float32)
 
-    def keys(self, key: jax.Array | None, depth: int) -> jax.Array | None:
+    def keys(self, key: jax.Array | None, length: int) -> jax.Array | None:
         """A key a block; None, and with it no stochastic depth, outside training."""
-        return None if key is None or self.drop_path == 0.0 else jax.random.split(key, depth)
+        return None if key is None or self.drop_path == 0.0 else jax.random.split(key, length)
 
-    def block(self, body: Callable[..., Any]) -> Callable[..., Any]:
-        """`body` with the remat policy."""
+    def scans(self, length: int) -> bool:
+        """Whether a stack of this length becomes a loop; a loop of one costs compile time and brings nothing."""
+        return self.scan and length > 1
+
+    def block(self, body: Callable[..., Any], length: int) -> Callable[..., Any]:
+        """`body` with the remat policy, to be called for each of a stack of `length`."""
         # Inside a scan forward and backward are two loops, so nothing can merge the recomputed values with the first.
-        return jax.checkpoint(body, prevent_cse=not self.scan) if self.remat == "full" else body
+        return jax.checkpoint(body, prevent_cse=not self.scans(length)) if self.remat == "full" else body
 
     def run(self, body: Callable[[Carry, Any], Carry], x: Carry, layers: Any) -> Carry:
         """Applies `body(x, layer)` along the leading axis of the arrays in `layers`."""
-        if self.scan:
+        length = depth(layers)
+        if self.scans(length):
             return jax.lax.scan(lambda carry, layer: (body(carry, layer), None), x, layers)[0]
-        for i in range(jax.tree.leaves(layers)[0].shape[0]):
-            x = body(x, take_layer(layers, i))
+        for i in range(length):
+            x = body(x, take_layers(layers, i))
         return x
+
+
+def depth(layers: Any) -> int:
+    """How many layers a stack has."""
+    return jax.tree.leaves(layers)[0].shape[0]
+
+
+def take_layers(layers: Any, index: int | slice) -> Any:
+    """One layer, or some layers, of a stack."""
+    return jax.tree.map(lambda leaf: leaf[index], layers)
 
 
 def take_layer(layers: Any, i: int) -> Any:
@@ -67,16 +82,24 @@ def take_layer(layers: Any, i: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[i], layers)
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> Any:
-    """`depth` modules of one kind as one module whose arrays have a leading axis."""
+def stack(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> Any:
+    """`length` modules of one kind as one module whose arrays have a leading axis."""
     one = nnx.vmap(lambda key: make(nnx.Rngs(key)), transform_metadata={nnx.PARTITION_NAME: None})
-    return one(jax.random.split(rngs.params(), depth))
+    return one(jax.random.split(rngs.params(), length))
 
 
-def linear(inputs: int, outputs: int | Sequence[int], dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True) -> Any:
-    """A projection of the last axis."""
-    init = nnx.initializers.truncated_normal(0.02)
-    return nnx.LinearGeneral(inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=init, rngs=rngs)
+class Linear(nnx.LinearGeneral):
+    """A projection of the last axis to `outputs`, which may be several axes."""
+
+    def __init__(self, inputs: int, outputs: int | Sequence[int], dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True):
+        init = nnx.initializers.truncated_normal(0.02)
+        super().__init__(inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=init, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*b d"], out_sharding: Any = None) -> Array:
+        """`x` projected."""
+        # XLA on a CPU takes twice the time for the gradient of kernel and bias where there are several leading axes.
+        y = super().__call__(x.reshape(-1, x.shape[-1]), out_sharding)
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
 
 
 def token(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
@@ -90,8 +113,10 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, width: int, epsilon: float, rngs: nnx.Rngs):
         super().__init__(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Array, *, mask: Array | None = None) -> Array:
-        return super().__call__(x, mask=mask).astype(x.dtype)
+    def __call__(self, x: Float[Array, "*b d"], *, mask: Array | None = None) -> Float[Array, "*b d"]:
+        """`x` with mean 0 and variance 1 a row, then scaled and shifted."""
+        # Flat for the same reason as in Linear.
+        return super().__call__(x.reshape(-1, x.shape[-1]), mask=mask).astype(x.dtype).reshape(x.shape)
 
 
 class PatchEmbed(nnx.Module):
@@ -117,8 +142,9 @@ class PatchEmbed(nnx.Module):
         patch = kernel.shape[0]
         n, h, w, c = x.shape
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (0, -h % patch), (0, -w % patch), (0, 0)))
-        patches = x.reshape(n, x.shape[1] // patch, patch, x.shape[2] // patch, patch, c)
-        tokens = jnp.einsum("nipjqc,pqcd->nijd", patches, kernel)
+        rows, columns = x.shape[1] // patch, x.shape[2] // patch
+        patches = x.reshape(n, rows, patch, columns, patch, c).swapaxes(2, 3).reshape(n * rows * columns, -1)
+        tokens = (patches @ kernel.reshape(patches.shape[1], -1)).reshape(n, rows, columns, -1)
         if bands is not None:
             share = jnp.maximum(bands.mean(-1), 1 / c)
             tokens = tokens * (1 / share).astype(self.dtype)[:, None, None, None]
@@ -157,16 +183,17 @@ class Projections(nnx.Module):
     def __init__(self, width: int, heads: int, dtype: Any, rngs: nnx.Rngs, *, key_bias: bool = True):
         if width % heads:
             raise ValueError(f"a width of {width} cannot be shared by {heads} heads; width must be a multiple of heads")
-        self.query = linear(width, width, dtype, rngs)
-        self.key = linear(width, width, dtype, rngs, use_bias=key_bias)
-        self.value = linear(width, width, dtype, rngs)
-        self.out = linear(width, width, dtype, rngs)
+        self.query = Linear(width, width, dtype, rngs)
+        self.key = Linear(width, width, dtype, rngs, use_bias=key_bias)
+        self.value = Linear(width, width, dtype, rngs)
+        self.out = Linear(width, width, dtype, rngs)
         self.heads = heads
 
-    def split(self, x: Float[Array, "*b n d"]) -> tuple[Array, Array, Array]:
-        """Query, key and value as (*b, n, heads, d / heads)."""
-        shape = (*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
-        return self.query(x).reshape(shape), self.key(x).reshape(shape), self.value(x).reshape(shape)
+    def split(self, x: Float[Array, "*b n d"], queries: int | None = None) -> tuple[Array, Array, Array]:
+        """Query, key and value as (*b, n, heads, d / heads); queries of the first tokens only, if said so."""
+        query, key, value = self.query(x[..., :queries, :]), self.key(x), self.value(x)
+        query, key, value = (y.reshape(*y.shape[:-1], self.heads, -1) for y in (query, key, value))
+        return query, key, value
 
     def join(self, gathered: Float[Array, "*b n a d"]) -> Float[Array, "*b n e"]:
         """The heads side by side, projected."""
@@ -177,10 +204,11 @@ class FeedForward(nnx.Module):
     """Two projections around an exact GELU."""
 
     def __init__(self, width: int, dtype: Any, rngs: nnx.Rngs):
-        self.up = linear(width, MLP_RATIO * width, dtype, rngs)
-        self.down = linear(MLP_RATIO * width, width, dtype, rngs)
+        self.up = Linear(width, MLP_RATIO * width, dtype, rngs)
+        self.down = Linear(MLP_RATIO * width, width, dtype, rngs)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        """Each row by itself."""
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
@@ -194,23 +222,47 @@ class TransformerLayer(nnx.Module):
         self.feed_forward = FeedForward(width, dtype, rngs)
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, rate: Any, key: jax.Array | None
-    ) -> Float[Array, "b n d"]:
-        """`mask` names the tokens that may be looked at."""
-        query, keys, value = self.attention.split(self.norm1(x))
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b n"] | None,
+        rate: Any,
+        key: jax.Array | None,
+        queries: int | None = None,
+    ) -> Float[Array, "b q d"]:
+        """The tokens after this layer.
+
+        Args:
+          x: tokens.
+          mask: the tokens that may be looked at; None: all.
+          rate, key: of stochastic depth.
+          queries: how many tokens, from the first, are wanted; None: all.
+        """
+        query, keys, value = self.attention.split(self.norm1(x), queries)
         visible = None if mask is None else mask[:, None, None, :]
         gathered = attend(query, keys, value, scale=query.shape[-1] ** -0.5, mask=visible)
-        x = x + self.attention.join(gathered)
+        x = x[:, :queries] + self.attention.join(gathered)
         return x + drop_path(self.feed_forward(self.norm2(x)), rate, key)
 
 
 def run_transformer(
-    compute: Compute, layers: Any, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None, key: jax.Array | None
-) -> Float[Array, "b n d"]:
-    """A stack of `TransformerLayer` over `x`."""
-    rates = compute.rates(jax.tree.leaves(layers)[0].shape[0])
-    body = compute.block(lambda x, layer, rate, key: layer(x, mask, rate, key))
-    return compute.run(lambda x, inputs: body(x, *inputs), x, (layers, rates, compute.keys(key, len(rates))))
+    compute: Compute,
+    layers: Any,
+    x: Float[Array, "b n d"],
+    mask: Bool[Array, "b n"] | None,
+    key: jax.Array | None,
+    queries: int | None = None,
+) -> Float[Array, "b q d"]:
+    """A stack of `TransformerLayer` over `x`; arguments as there. `queries` spares the last layer what nobody reads."""
+    length = depth(layers)
+    rates = compute.rates(length)
+    inputs = (layers, rates, compute.keys(key, length))
+    whole = length if queries is None else length - 1
+    body = compute.block(lambda x, layer, rate, key: layer(x, mask, rate, key), whole)
+    x = compute.run(lambda x, inputs: body(x, *inputs), x, take_layers(inputs, slice(whole)))
+    if queries is None:
+        return x
+    last = compute.block(lambda x, layer, rate, key: layer(x, mask, rate, key, queries), 1)
+    return last(x, *take_layers(inputs, -1))
 
 
 def drop_path(branch: Float[Array, "b *n d"], rate: Any, key: jax.Array | None) -> Float[Array, "b *n d"]:

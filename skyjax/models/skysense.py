@@ -7,7 +7,7 @@ config's keys mean stands in configs/pretrain_sample.py; what follows the paper,
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from skyjax.models.up_head import UpHead
 from skyjax.models.vit import ViT
 from skyjax.sample import MODALITIES
 
-Config = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
+Config: TypeAlias = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
 Params = dict[str, Any]
 Images = Mapping[str, Array]
 Output = dict[str, Any]

@@ -20,13 +20,14 @@ from skyjax.models.layers import (
     Compute,
     FeedForward,
     LayerNorm,
+    Linear,
     PatchEmbed,
     Projections,
     attend,
+    depth,
     drop_path,
-    linear,
     stack,
-    take_layer,
+    take_layers,
 )
 
 EPSILON = 1e-5
@@ -52,13 +53,13 @@ class SwinV2(nnx.Module):
     ):
         if len(depths) != len(heads):
             raise ValueError(f"depths {tuple(depths)} and heads {tuple(heads)} name different numbers of stages")
-        if any(depth % 2 for depth in depths):
+        if any(length % 2 for length in depths):
             raise ValueError(f"depths {tuple(depths)}: a stage is made of pairs of blocks, so each depth must be even")
         self.patch_embed = PatchEmbed(patch_size, channels, width, compute.dtype, rngs)
         self.patch_norm = LayerNorm(width, EPSILON, rngs)
         self.num_stages = len(depths)
-        for i, depth in enumerate(depths):
-            stage = Stage(width * 2**i, depth, heads[i], window, extra_norm_every, i > 0, compute, rngs)
+        for i, length in enumerate(depths):
+            stage = Stage(width * 2**i, length, heads[i], window, extra_norm_every, i > 0, compute, rngs)
             setattr(self, f"stage{i}", stage)
         self.norm = LayerNorm(width * 2 ** (len(depths) - 1), EPSILON, rngs)
         self.depths = tuple(depths)
@@ -85,21 +86,21 @@ class SwinV2(nnx.Module):
         rates, keys = self.compute.rates(total), self.compute.keys(key, total)
         outputs = []
         start = 0
-        for i, depth in enumerate(self.depths):
-            own = slice(start, start + depth)
+        for i, length in enumerate(self.depths):
+            own = slice(start, start + length)
             x = getattr(self, f"stage{i}")(x, rates[own], None if keys is None else keys[own])
             outputs.append(x)
-            start += depth
+            start += length
         return outputs
 
 
 class Stage(nnx.Module):
-    """Patch merging where `downsample`, then `depth` blocks."""
+    """Patch merging where `downsample`, then `length` blocks."""
 
     def __init__(
         self,
         width: int,
-        depth: int,
+        length: int,
         heads: int,
         window: int,
         extra_norm_every: int,
@@ -108,8 +109,8 @@ class Stage(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.downsample = PatchMerging(width, compute.dtype, rngs) if downsample else None
-        self.pairs = stack(lambda r: Pair(width, heads, window, compute.dtype, r), depth // 2, rngs)
-        count = depth // extra_norm_every
+        self.pairs = stack(lambda r: Pair(width, heads, window, compute.dtype, r), length // 2, rngs)
+        count = length // extra_norm_every
         self.extra_norms = stack(lambda r: LayerNorm(width, EPSILON, r), count, rngs) if count else None
         self.extra_norm_every = extra_norm_every
         self.window = window
@@ -123,40 +124,43 @@ class Stage(nnx.Module):
             x = self.downsample(x)
         # A grid that is a single window has nothing to shift.
         shift = self.window // 2 if min(x.shape[1:3]) > self.window else 0
-        unshifted = self.compute.block(lambda x, block, rate, key: block(x, 0, rate, key))
-        shifted = self.compute.block(lambda x, block, rate, key: block(x, shift, rate, key))
+        pairs = self.pairs, rates.reshape(-1, 2), None if keys is None else keys.reshape(-1, 2, *keys.shape[1:])
+        if self.extra_norms is None:
+            return self._run(x, pairs, shift)
+        if self.extra_norm_every % 2:
+            return self._run_odd(x, rates, keys, shift)
+        groups, size = depth(self.extra_norms), self.extra_norm_every // 2
+        last = take_layers(pairs, slice(groups * size, None))
+        grouped = take_layers(pairs, slice(groups * size))
+        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), grouped)
+        x = self.compute.run(lambda x, group: group[1](self._run(x, group[0], shift)), x, (grouped, self.extra_norms))
+        return self._run(x, last, shift)
+
+    def _run(self, x: Float[Array, "n h w d"], pairs: Any, shift: int) -> Float[Array, "n h w d"]:
+        """Pairs in a row."""
+        length = depth(pairs)
+        unshifted = self.compute.block(lambda x, block, rate, key: block(x, 0, rate, key), length)
+        shifted = self.compute.block(lambda x, block, rate, key: block(x, shift, rate, key), length)
 
         def pair(x: Array, inputs: Any) -> Array:
             blocks, rate, key = inputs
             x = unshifted(x, blocks.unshifted, rate[0], None if key is None else key[0])
             return shifted(x, blocks.shifted, rate[1], None if key is None else key[1])
 
-        def pairs_then_norm(x: Array, inputs: Any) -> Array:
-            pairs, norm = inputs
-            return norm(self.compute.run(pair, x, pairs))
+        return self.compute.run(pair, x, pairs)
 
-        every, depth = self.extra_norm_every, len(rates)
-        if self.extra_norms is None:
-            return self.compute.run(pair, x, self._pairs(rates, keys))
-        if every % 2:
-            # An odd period sets norms inside pairs. No published net of size does so: the loop is simply unrolled.
-            for i in range(depth):
-                run, half = (shifted, "shifted") if i % 2 else (unshifted, "unshifted")
-                block = take_layer(getattr(self.pairs, half), i // 2)
-                x = run(x, block, rates[i], None if keys is None else keys[i])
-                if (i + 1) % every == 0:
-                    x = take_layer(self.extra_norms, i // every)(x)
-            return x
-        groups, size = depth // every, every // 2
-        pairs = self._pairs(rates, keys)
-        grouped = jax.tree.map(lambda leaf: leaf[: groups * size].reshape(groups, size, *leaf.shape[1:]), pairs)
-        x = self.compute.run(pairs_then_norm, x, (grouped, self.extra_norms))
-        if depth % every:
-            x = self.compute.run(pair, x, jax.tree.map(lambda leaf: leaf[groups * size :], pairs))
+    def _run_odd(
+        self, x: Float[Array, "n h w d"], rates: np.ndarray, keys: jax.Array | None, shift: int
+    ) -> Float[Array, "n h w d"]:
+        """An odd period sets norms inside pairs. No published net of size does so: the loop is simply unrolled."""
+        for i, rate in enumerate(rates):
+            own_shift = shift if i % 2 else 0
+            block = take_layers(self.pairs.shifted if i % 2 else self.pairs.unshifted, i // 2)
+            run = self.compute.block(lambda x, block, rate, key, s=own_shift: block(x, s, rate, key), 1)
+            x = run(x, block, rate, None if keys is None else keys[i])
+            if (i + 1) % self.extra_norm_every == 0:
+                x = take_layers(self.extra_norms, i // self.extra_norm_every)(x)
         return x
-
-    def _pairs(self, rates: np.ndarray, keys: jax.Array | None) -> Any:
-        return self.pairs, rates.reshape(-1, 2), None if keys is None else keys.reshape(-1, 2, *keys.shape[1:])
 
 
 class PatchMerging(nnx.Module):
@@ -167,6 +171,7 @@ class PatchMerging(nnx.Module):
         self.norm = LayerNorm(width, EPSILON, rngs)
 
     def __call__(self, x: Float[Array, "n h w d"]) -> Float[Array, "n i j e"]:
+        """A map of half the rows and columns, rounded up."""
         return self.norm(self.reduction(x))
 
 
@@ -190,6 +195,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "n h w d"], shift: int, rate: Any, key: jax.Array | None
     ) -> Float[Array, "n h w d"]:
+        """One block whose windows are moved by `shift` places; `rate` and `key` are of stochastic depth."""
         first, second = (None, None) if key is None else jax.random.split(key)
         x = x + drop_path(self.norm1(self.attention(x, shift)), rate, first)
         return x + drop_path(self.norm2(self.feed_forward(x)), rate, second)
@@ -203,11 +209,12 @@ class WindowAttention(nnx.Module):
             raise ValueError(f"window {window} is too small; it must be 2 or more")
         self.projections = Projections(width, heads, dtype, rngs, key_bias=False)
         self.logit_scale = nnx.Param(jnp.full((heads,), math.log(10.0)))
-        self.bias_up = linear(2, BIAS_HIDDEN, jnp.float32, rngs)
-        self.bias_down = linear(BIAS_HIDDEN, heads, jnp.float32, rngs, use_bias=False)
+        self.bias_up = Linear(2, BIAS_HIDDEN, jnp.float32, rngs)
+        self.bias_down = Linear(BIAS_HIDDEN, heads, jnp.float32, rngs, use_bias=False)
         self.window = window
 
     def __call__(self, x: Float[Array, "n h w d"], shift: int) -> Float[Array, "n h w d"]:
+        """What each place gathers in its window, on a grid of any size; windows are moved by `shift` places."""
         n, h, w, d = x.shape
         # A grid below the window is one smaller window: the same numbers as padding it and masking the padding.
         rows, columns = min(self.window, h), min(self.window, w)
@@ -220,8 +227,8 @@ class WindowAttention(nnx.Module):
 
         query, key, value = self.projections.split(windows)
         scale = jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))[:, None, None]
-        mask = _visible(h, w, rows, columns, shift)
-        mask = None if mask is None else mask[:, None]
+        visible = _visible(h, w, rows, columns, shift)
+        mask = None if visible is None else jnp.asarray(visible)[:, None]
         gathered = attend(_unit(query), _unit(key), value, scale=scale, bias=self._bias(rows, columns), mask=mask)
 
         x = self.projections.join(gathered).reshape(n, down, across, rows, columns, d).swapaxes(2, 3)
@@ -231,7 +238,7 @@ class WindowAttention(nnx.Module):
 
     def _bias(self, rows: int, columns: int) -> Float[Array, "a q q"]:
         """The position bias of each pair of places in a window of `rows` x `columns`."""
-        table = self.bias_down(jax.nn.relu(self.bias_up(_log_offsets(self.window))))
+        table = self.bias_down(jax.nn.relu(self.bias_up(jnp.asarray(_log_offsets(self.window)))))
         return 16 * jax.nn.sigmoid(table[_offset_index(self.window, rows, columns)]).transpose(2, 0, 1)
 
 
