@@ -30,6 +30,14 @@ def test_dates_are_put_in_order_and_doubled_days_keep_theirs():
     assert sequence.clear[:, 0, 0].tolist() == [False, True, True, True]
 
 
+def test_many_dates_of_one_day_keep_their_order():
+    values = np.arange(1, 201, dtype=np.uint16).reshape(200, 1, 1, 1).repeat(3, -1)
+    days = np.arange(200) // 50 % 2  # unstable sorts mix these
+    got = sentinel2(days=days, values=values).values[:, 0, 0, 0]
+    assert (np.diff(got[:100].astype(int)) > 0).all()
+    assert (np.diff(got[100:].astype(int)) > 0).all()
+
+
 def test_gaps_are_marked():
     values = np.full((3, 2, 2, 3), 500, np.uint16)
     values[0, 0, 0] = 0

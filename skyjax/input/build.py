@@ -41,6 +41,10 @@ class Summary:
     description: dict[str, Any]
     bad: dict[str, str]
 
+    def __str__(self) -> str:
+        passed = f"; {len(self.bad):,} bad files passed over" if self.bad else ""
+        return f"{self.folder}: {self.count:,} samples, {self.size / 1e6:,.1f} MB{passed}"
+
 
 def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Summary:
     """Builds a dataset at `out` from the files in `input_folder` by the builder `source`, such as data/triples.py.

@@ -3,9 +3,14 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 import numpy as np
+import rich.box
+import rich.console
+import rich.table
 from jaxtyping import Float, Shaped
 
 from skyjax.errors import BadRecord
@@ -16,15 +21,14 @@ from skyjax.sensors import get_sensor, sensors
 logger = logging.getLogger("skyjax")
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One band's statistics, measured and from sensors.toml, in the sensor's unit. NaN where no pixel counts."""
+class Row(TypedDict):
+    """One band's statistics, measured and from sensors.toml, in the sensor's unit; None where no pixel counts."""
 
     sensor: str
     band: str
     count: int
-    mean: float
-    std: float
+    mean: float | None
+    std: float | None
     table_mean: float
     table_std: float
 
@@ -94,5 +98,33 @@ def rows(samples: Iterable[Sample]) -> list[Row]:
 def _row(key: str, name: str, moments: Moments) -> Row:
     band = get_sensor(key).bands[get_sensor(key).index(name)]
     count = int(moments.count[0])
-    mean = float(moments.mean[0]) if count else float("nan")
-    return Row(key, name, count, mean, float(moments.std[0]), band.mean, band.std)
+    return Row(
+        sensor=key,
+        band=name,
+        count=count,
+        mean=float(moments.mean[0]) if count else None,
+        std=float(moments.std[0]) if count else None,
+        table_mean=band.mean,
+        table_std=band.std,
+    )
+
+
+def print_table(table: Sequence[Row]) -> None:
+    """Prints the rows, measured beside known, a sensor after the other."""
+    page = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for column in ("sensor", "band", "pixels", "mean", "std", "table mean", "table std", "unit"):
+        page.add_column(column, justify="left" if column in ("sensor", "band", "unit") else "right", no_wrap=True)
+    previous = ""
+    for row in table:
+        if previous and row["sensor"] != previous:
+            page.add_section()
+        numbers = [row[key] for key in ("mean", "std", "table_mean", "table_std")]
+        page.add_row(
+            row["sensor"] if row["sensor"] != previous else "",
+            row["band"],
+            f"{row['count']:,}",
+            *("none" if number is None else f"{number:,.2f}" for number in numbers),
+            get_sensor(row["sensor"]).unit if row["sensor"] != previous else "",
+        )
+        previous = row["sensor"]
+    rich.console.Console(width=None if sys.stdout.isatty() else 120).print(page)

@@ -187,6 +187,9 @@ def test_treesatai(built):
     sequence = sample.sequences["multispectral"]
     assert_array_equal(band(sequence, "B08")[0], source["s2"][3])
     assert_array_equal(band(sequence, "B09")[0], source["s2"][11])
+    # Order of the collection's paper; 10 m bands, then 20 m, then 60 m.
+    order = ["B02", "B03", "B04", "B08", "B05", "B06", "B07", "B8A", "B11", "B12", "B01", "B09"]
+    assert list(sequence.bands) == order
     assert sample.sequences["sar"].bands == ("VV", "VH")
     # The radar's grid begins at 429515, 5903715, the aerial image at 429510.6, 5903711.4: 3.6 m north of its edge.
     assert sample.sequences["sar"].extent.tolist() == pytest.approx([34, -26, -26, 34], abs=0.1)
@@ -201,7 +204,13 @@ def test_flair2_is_optical_only(built):
     (sample,) = built["flair2"]
     assert set(sample.sequences) == {"optical"}
     assert sample.sequences["optical"].bands == ("red", "green", "blue", "nir")
-    assert sample.labels["land_cover"].shape == (512, 512)
+    about, source = load_builder(DATA / "flair2.py"), arrays("flair2", "sample_3325_IMG_034217")
+    names = about.label_names(DATA)["land_cover"]
+    seen = {names[number] for number in np.unique(sample.labels["land_cover"])}
+    assert (
+        seen == {"bare soil", "water", "deciduous", "brushwood"} & seen
+    )  # a lake's shore; 4, 5, 7 and 8 of FLAIR's list
+    assert (sample.labels["land_cover"] == names.index("water")).sum() == (source["mask"] == 5).sum() > 0
     assert datetime.date(1970, 1, 1) + datetime.timedelta(int(sample.sequences["optical"].days[0])) == datetime.date(
         2019, 8, 26
     )

@@ -59,6 +59,7 @@ def test_a_bad_file_is_named_counted_and_passed_over(pictures, tmp_path, caplog)
     PIL.Image.fromarray(np.zeros((4, 4), np.uint8)).save(pictures / "water" / "2.png")
     summary = build.build(CLASS_FOLDER, pictures, tmp_path / "set")
     assert summary.count == 4
+    assert str(summary).endswith("4 samples, 0.1 MB; 2 bad files passed over")
     assert list(summary.bad) == [str(path), str(pictures / "water" / "2.png")]
     assert 'forest/1.png" is truncated or corrupt' in caplog.text
     assert 'water/2.png" has 1 bands, rgb 3: red green blue' in caplog.text

@@ -1,5 +1,7 @@
 """Streamed statistics against numpy on everything at once, in float64."""
 
+import dataclasses
+
 import hypothesis
 import hypothesis.strategies as some
 import numpy as np
@@ -28,7 +30,7 @@ def test_rows_equal_numpy_on_all_pixels(tmp_path):
     )
     samples = [Sample({"multispectral": a, "sar": radar}, NOWHERE), Sample({"multispectral": b}, NOWHERE)]
     records.write(samples, tmp_path / "set")
-    rows = {(row.sensor, row.band): row for row in statistics.stats(tmp_path / "set")}
+    rows = {(row["sensor"], row["band"]): row for row in statistics.stats(tmp_path / "set")}
 
     pixels = {
         ("sentinel2-l2a", "B02"): a.values[a.clear][:, 0],
@@ -39,11 +41,11 @@ def test_rows_equal_numpy_on_all_pixels(tmp_path):
     }
     assert list(rows) == list(pixels)  # the order of the table
     for key, want in pixels.items():
-        assert rows[key].count == want.size
-        assert_allclose(rows[key].mean, want.astype(np.float64).mean(), rtol=1e-12)
-        assert_allclose(rows[key].std, want.astype(np.float64).std(), rtol=1e-12)
-    assert rows["sentinel2-l2a", "B02"].table_mean == pytest.approx(884.29673756)
-    assert rows["sentinel2-l2a", "B02"].table_std == pytest.approx(1155.15170768)
+        assert rows[key]["count"] == want.size
+        assert_allclose(rows[key]["mean"], want.astype(np.float64).mean(), rtol=1e-12)
+        assert_allclose(rows[key]["std"], want.astype(np.float64).std(), rtol=1e-12)
+    assert rows["sentinel2-l2a", "B02"]["table_mean"] == pytest.approx(884.29673756)
+    assert rows["sentinel2-l2a", "B02"]["table_std"] == pytest.approx(1155.15170768)
 
 
 @hypothesis.given(some.lists(some.integers(0, 40), min_size=1, max_size=6), some.integers(0, 1000))
@@ -64,15 +66,32 @@ def test_invalid_dates_and_nan_don_t_count(tmp_path):
     values[0, 0, 0] = np.nan
     values[1] = np.nan
     sequence = make_sequence(values, "sentinel1-grd", ("VV", "VH"), days=np.arange(2))
-    assert [row.count for row in statistics.rows([Sample({"sar": sequence}, NOWHERE)])] == [3, 3]
+    assert [row["count"] for row in statistics.rows([Sample({"sar": sequence}, NOWHERE)])] == [3, 3]
+    optical = sentinel2(np.random.default_rng(0), 4, ("B02",))
+    second = dataclasses.replace(optical, valid=np.array([True, False, True, True]))
+    (row,) = statistics.rows([Sample({"multispectral": second}, NOWHERE)])
+    assert row["count"] == optical.clear[[0, 2, 3]].sum()
 
 
 def test_a_sequence_without_a_clear_pixel_gives_rows_without_numbers():
     sequence = make_sequence(np.zeros((2, 3, 3, 1), np.uint16), "sentinel2-l2a", ("B02",), days=np.arange(2))
     (row,) = statistics.rows([Sample({"multispectral": sequence}, NOWHERE)])
-    assert row.count == 0
-    assert np.isnan(row.mean)
-    assert np.isnan(row.std)
+    assert row["count"] == 0
+    assert row["mean"] is row["std"] is None  # so that JSON can hold it
+
+
+def test_the_table_shows_measured_beside_known(capsys):
+    sequence = sentinel2(np.random.default_rng(0), 2, ("B02", "B12"))
+    rows = statistics.rows([Sample({"multispectral": sequence}, NOWHERE)])
+    rows[1]["mean"] = None
+    statistics.print_table(rows)
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "B02" in line]
+    assert line.split()[:2] == ["sentinel2-l2a", "B02"]
+    assert f"{rows[0]['mean']:,.2f}" in line
+    assert "884.30" in line
+    assert "1,155.15" in line
+    assert any("B12" in line and "none" in line for line in lines)
 
 
 def test_a_bad_record_is_named_and_left_out(tmp_path, caplog):
@@ -84,7 +103,7 @@ def test_a_bad_record_is_named_and_left_out(tmp_path, caplog):
     data[200] ^= 0xFF
     path.write_bytes(data)
     (row,) = statistics.stats(tmp_path / "set")
-    assert row.count == whole[0].count // 2
+    assert row["count"] == whole[0]["count"] // 2
     assert "record 0 is corrupt" in caplog.text
 
 
