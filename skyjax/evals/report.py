@@ -142,7 +142,7 @@ def _ends(metrics: Metrics) -> tuple[float | None, float | None]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    batch, last = run.config.get("batch_size"), run.metrics.last("loss")
+    batch, last = run.config.get("batch_size"), _ends(run.metrics)[1]
     seconds = _seconds(run)
     speed = run.metrics.columns.get("samples_per_second")
     rank = run.metrics.last("rank/fused")
@@ -277,8 +277,8 @@ def _probes(run: Run) -> str:
         " touches the dashed line or lies left of it: training added nothing that the baseline doesn't know.</p>"
     ]
     for result in run.probes:
-        dataset, task = (escape(str(result.get(key, ""))) for key in ("dataset", "task"))
-        parts.append(f'<h3>{dataset} <span class="quiet">{task}</span></h3>')
+        dataset, task = scores.dataset_name(str(result.get("dataset", ""))), str(result.get("task", ""))
+        parts.append(f'<h3>{escape(dataset)} <span class="quiet">{escape(task)}</span></h3>{scores.details(result)}')
         together = [other for other in run.probes if other.get("dataset") == result.get("dataset")]
         parts.append(scores.probe_table(result, together) + scores.class_table(result))
     return "".join(parts)

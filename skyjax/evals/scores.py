@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from skyjax.evals.charts import confusion_matrix, interval, short, ticks
+from skyjax.evals.probe import PRETRAINED
 
-BASELINES = ("image statistics", "random convolution", "untrained")
 MAX_CLASSES = 40  # in a confusion matrix
 
 
@@ -30,8 +30,8 @@ class Row:
 
     @property
     def baseline(self) -> bool:
-        """Whether these features know nothing of the training."""
-        return any(word in self.features.lower() for word in BASELINES)
+        """Whether these features know nothing of the pre-training."""
+        return self.features != PRETRAINED
 
 
 def read_probes(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -88,7 +88,8 @@ def probe_table(result: Mapping[str, Any], together: Sequence[Mapping[str, Any]]
     low, high = min(row.low for row in all_rows), max(row.high for row in all_rows)
     axis = [tick for tick in ticks(max(0.0, low - 2), min(100.0, high + 2), count=5) if 0 <= tick <= 100]
     parts = [
-        '<table class="probe"><thead><tr><th scope="col">Features</th><th scope="col" class="number">Accuracy</th>'
+        '<table class="probe"><thead><tr><th scope="col">Features</th><th scope="col" class="number">'
+        f"{escape(str(result.get('metric', 'accuracy')).capitalize())}</th>"
         f'<th scope="col" class="number">95 % interval</th><th scope="col" class="bar">{_axis(axis)}</th></tr></thead>'
     ]
     for method in dict.fromkeys(row.method for row in every):
@@ -102,34 +103,61 @@ def probe_table(result: Mapping[str, Any], together: Sequence[Mapping[str, Any]]
 
 
 def class_table(result: Mapping[str, Any]) -> str:
-    """Accuracy of each class and the confusion matrix, where the result has them; else empty."""
-    counts = np.asarray(result.get("confusion") or np.empty((0, 0)), np.float64)
-    if counts.ndim != 2 or not 0 < len(counts) == counts.shape[-1] <= MAX_CLASSES:
+    """The pre-trained encoder class by class, and its confusion matrix, as far as the result has them; may be empty."""
+    shares, method = _class_shares(result)
+    if not shares:
         return ""
-    names = [str(name) for name in result.get("classes") or ()]
-    if len(names) != len(counts):
-        names = [f"class {index + 1}" for index in range(len(counts))]
     lines = []
-    for index, name in enumerate(names):
-        total = counts[index].sum()
-        share = 100 * counts[index, index] / total if total else float("nan")
-        bar = f'<span class="track"><span style="width:{share:.1f}%"></span></span>' if total else ""
+    for number, (name, share) in enumerate(shares.items(), 1):
+        bar = f'<span class="track"><span style="width:{100 * share:.1f}%"></span></span>'
         lines.append(
-            f'<tr><td class="number">{index + 1}</td><th scope="row">{escape(name)}</th><td class="bar">{bar}</td>'
-            f'<td class="number">{_percent(share) if total else "–"}</td></tr>'
+            f'<tr><td class="number">{number}</td><th scope="row">{escape(name)}</th><td class="bar">{bar}</td>'
+            f'<td class="number">{_percent(100 * share)}</td></tr>'
         )
-    return (
-        '<div class="classes"><table class="class"><thead><tr><th class="number">#</th><th>Class</th><th></th>'
-        f'<th class="number">Right</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        f"<figure>{confusion_matrix(counts, names)}<figcaption>Rows: the true class. Columns: what the probe said."
-        " Blue on the diagonal is right, orange beside it a mistake.</figcaption></figure></div>"
+    table = (
+        f'<table class="class"><caption>{PRETRAINED} by class, {escape(method)}</caption><thead><tr>'
+        '<th class="number">#</th><th>Class</th><th></th><th class="number">Right</th></tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table>"
     )
+    counts = np.asarray(result.get("confusion") or np.empty((0, 0)), np.float64)
+    if counts.shape != (len(shares), len(shares)) or len(shares) > MAX_CLASSES:
+        return f'<div class="classes">{table}</div>'
+    meaning = "Rows: the true class. Columns: what the probe said. Blue on the diagonal is right, orange a mistake."
+    matrix = f"<figure>{confusion_matrix(counts, list(shares))}<figcaption>{meaning}</figcaption></figure>"
+    return f'<div class="classes">{table}{matrix}</div>'
+
+
+def _class_shares(result: Mapping[str, Any]) -> tuple[dict[str, float], str]:
+    """Class -> share right (F1 with several labels), of the method whose confusion is given, else of the last one."""
+    per_class = result.get("per_class") or {}
+    if not per_class:
+        return {}, ""
+    method = result.get("confusion_of")
+    method = method if method in per_class else list(per_class)[-1]
+    return {str(name): float(share) for name, share in per_class[method].items()}, str(method)
+
+
+def details(result: Mapping[str, Any]) -> str:
+    """One line on the data: path, classes, sizes of the parts, how they were split; then what the probe noted."""
+    words = [str(result["dataset"])] if result.get("dataset") else []
+    words += [f"{len(result['classes'])} classes"] if result.get("classes") else []
+    words += [f"{count:,} {part}" for part, count in (result.get("sizes") or {}).items()]
+    split = (result.get("settings") or {}).get("split")
+    words += [f"split: {split}"] if split else []
+    notes = "".join(f"<br>Note: {escape(str(note))}." for note in result.get("notes") or ())
+    return f'<p class="details">{escape("; ".join(words))}{notes}</p>' if words or notes else ""
+
+
+def dataset_name(path: str) -> str:
+    """The last part of a data set's path, which is what a reader calls it."""
+    return pathlib.PurePath(path).name or path
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """A sentence for each dataset: the best row beside the best baseline, and what their intervals allow to say."""
     sentences = []
-    for dataset, (ours, theirs) in best_rows(results).items():
+    for path, (ours, theirs) in best_rows(results).items():
+        dataset = dataset_name(path)
         if ours and theirs:
             sentences.append(
                 f"On {dataset} its best probe ({ours.method}) reaches {_with_interval(ours)}, {verdict(ours, theirs)}"
@@ -147,7 +175,7 @@ def _with_interval(row: Row) -> str:
 
 
 def _range(row: Row) -> str:
-    return f"{row.low:.1f} – {row.high:.1f}"
+    return f"{row.low:.1f}–{row.high:.1f}"
 
 
 def _percent(value: float) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from skyjax.config import to_json
 from skyjax.errors import UserError
-from skyjax.evals import curves, report, scores
+from skyjax.evals import curves, probe, report, scores
 from skyjax.evals.report import write_report
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -16,12 +16,16 @@ SECTIONS = {"learning", "health", "pace", "probes", "features", "data", "config"
 PROBES = [
     {
         "task": "linear",
-        "dataset": "eurosat",
+        "dataset": "data/sample/eurosat",
+        "metric": "accuracy",
+        "sizes": {"train": 2400, "val": 600, "test": 150},
+        "settings": {"split": "by folder"},
+        "notes": ["small images"],
         "rows": [
-            {"features": "pooled", "method": "L-BFGS", "accuracy": 0.8474, "low": 0.8361, "high": 0.8583},
+            {"features": probe.PRETRAINED, "method": "L-BFGS", "accuracy": 0.8474, "low": 0.8361, "high": 0.8583},
             {"features": "image statistics", "method": "L-BFGS", "accuracy": 0.8041, "low": 0.7932, "high": 0.8149},
             {
-                "features": "the same encoder untrained",
+                "features": "untrained encoder",
                 "method": "L-BFGS",
                 "accuracy": 0.7566,
                 "low": 0.75,
@@ -29,6 +33,8 @@ PROBES = [
             },
         ],
         "classes": ["Forest", "River"],
+        "per_class": {"L-BFGS": {"Forest": 0.9, "River": 0.9}},
+        "confusion_of": "L-BFGS",
         "confusion": [[90, 10], [5, 45]],
     },
 ]
@@ -138,7 +144,7 @@ def test_a_finished_run_has_every_section(page):
     text = "".join(page.text)
     assert page.ids >= SECTIONS
     assert "The run finished all 60 steps (240 samples, optical, multispectral, SAR)" in text
-    assert "reaches 84.7 % (95 % interval 83.6 – 85.8), clearly better than the best baseline, image statistics" in text
+    assert "reaches 84.7 % (95 % interval 83.6–85.8), clearly better than the best baseline, image statistics" in text
     assert "1 of 60 steps were skipped" in text
     assert "The effective rank of fused fell to 1.5 at step 20, below the alarm line of 2, and rose again" in text
     for title in (
@@ -167,9 +173,26 @@ def test_the_table_says_what_the_json_says(page):
     for want in PROBES[0]["rows"]:
         value, interval = rows[want["features"]][:2]
         assert value == f"{100 * want['accuracy']:.1f} %"
-        assert interval == f"{100 * want['low']:.1f} – {100 * want['high']:.1f}"
+        assert interval == f"{100 * want['low']:.1f}–{100 * want['high']:.1f}"
     assert ["1", "Forest", "90.0 %"] in page.rows
     assert ["2", "River", "90.0 %"] in page.rows
+    text = "".join(page.text)
+    assert "2 classes; 2,400 train; 600 val; 150 test; split: by folder" in text
+    assert "Note: small images." in text
+    assert "Forest called River: 10 (10.0 %)" in text
+
+
+def test_several_labels_have_classes_but_no_confusion():
+    result = {
+        "classes": ["a", "b"],
+        "per_class": {"x": {"a": 0.1, "b": 0.2}, "y": {"a": 0.25, "b": 1.0}},
+        "confusion": None,
+    }
+    table = scores.class_table(result)
+    assert "25.0 %" in table
+    assert "100.0 %" in table
+    assert "<figure>" not in table
+    assert scores.class_table({}) == ""
 
 
 def test_the_config_and_the_versions_are_there(page):
@@ -243,6 +266,7 @@ def test_hostile_names_are_text(tmp_path):
             "dataset": hostile,
             "rows": [{"features": hostile, "method": hostile, "accuracy": 0.5}],
             "classes": [hostile, '"><b>'],
+            "per_class": {hostile: {hostile: 0.25, '"><b>': 0.5}},
             "confusion": [[1, 2], [3, 4]],
         }
     ]
@@ -287,9 +311,9 @@ def row(features, value, low, high):
 
 def test_the_verdict_needs_intervals_apart():
     baseline = row("image statistics", 50, 45, 55)
-    assert scores.verdict(row("pooled", 60, 56, 64), baseline) == "clearly better than"
-    assert scores.verdict(row("pooled", 57, 53, 61), baseline) == "not clearly different from"
-    assert scores.verdict(row("pooled", 40, 36, 44), baseline) == "clearly worse than"
+    assert scores.verdict(row(probe.PRETRAINED, 60, 56, 64), baseline) == "clearly better than"
+    assert scores.verdict(row(probe.PRETRAINED, 57, 53, 61), baseline) == "not clearly different from"
+    assert scores.verdict(row(probe.PRETRAINED, 40, 36, 44), baseline) == "clearly worse than"
 
 
 def test_the_duration_is_the_time_that_the_logged_speeds_make(tmp_path, tiny_config):
