@@ -1,6 +1,7 @@
 """The `skyjax` command: one verb, one thin function. A verb imports its room only when it is called."""
 
 import argparse
+import dataclasses
 import json
 import logging
 import pathlib
@@ -23,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    known, rest = _parser().parse_known_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    known, rest = _parser(words[0] if words else "").parse_known_args(words)
     overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
     stray = [word for word in rest if not word.startswith("--config.")]
     try:
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(verb: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="skyjax",
         description="Pre-trains remote-sensing foundation models in JAX.",
@@ -45,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_train(verbs)
-    _add_eval(verbs)
+    _add_eval(verbs, verb)
     _add_report(verbs)
     _add_data(verbs)
     return parser
@@ -86,9 +88,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     return loop.train(config, options.workdir, report=write_report)
 
 
-def _add_eval(verbs: Any) -> None:
-    from skyjax.evals import probe
-
+def _add_eval(verbs: Any, verb: str) -> None:
     evaluate = _verb(
         verbs,
         "eval",
@@ -96,13 +96,20 @@ def _add_eval(verbs: Any) -> None:
         "Probes the frozen features of a checkpoint, beside the baselines that keep everybody honest.",
         "skyjax eval --checkpoint=runs/first --task=knn --dataset=data/sample/eurosat_rgb",
     )
-    probe.add_arguments(evaluate)
+    if verb == "eval":  # the room takes seconds to import; the other verbs need not wait for it
+        from skyjax.evals import probe
+
+        probe.add_arguments(evaluate)
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
-    from skyjax.evals import probe
+    from skyjax.evals import probe, scores
 
-    probe.from_arguments(options)
+    result = probe.from_arguments(options)
+    workdir = pathlib.Path(options.checkpoint)
+    if (workdir / "config.json").is_file():
+        scores.keep_probe(workdir / scores.PROBES, result)
+        print(f"Kept for {workdir / 'report.html'}: skyjax report --workdir={workdir}")
     return 0
 
 
@@ -111,7 +118,7 @@ def _add_report(verbs: Any) -> None:
         verbs,
         "report",
         _report,
-        "Writes report.html anew: curves, probes, pictures. Training and eval call it by themselves.",
+        "Writes report.html anew: curves, probes, pictures. Training writes it by itself.",
         "skyjax report --workdir=runs/first",
     )
     report.add_argument("--workdir", type=pathlib.Path, required=True)
@@ -174,7 +181,7 @@ def _data_stats(options: argparse.Namespace, overrides: list[str]) -> int:
     rows = stats(options.dataset)
     print_table(rows)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
+        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
     return 0
 
 

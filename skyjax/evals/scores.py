@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from skyjax.errors import UserError
 from skyjax.evals.charts import confusion_matrix, interval, short, ticks
 from skyjax.evals.probe import PRETRAINED
 
+PROBES = "probe.json"  # in a run's directory
 MAX_CLASSES = 40  # in a confusion matrix
 
 
@@ -42,6 +44,24 @@ def read_probes(path: pathlib.Path) -> list[dict[str, Any]]:
         return []
     results = results if isinstance(results, list) else [results]
     return [result for result in results if isinstance(result, dict) and rows(result)]
+
+
+def keep_probe(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """Puts a result into a probe.json, in place of an earlier one of the same task, data and features."""
+
+    def work(probe: Mapping[str, Any]) -> tuple[Any, ...]:
+        return (
+            *(probe.get(key) for key in ("task", "dataset", "test_dataset")),
+            probe.get("settings", {}).get("pooling"),
+        )
+
+    kept = [probe for probe in read_probes(path) if work(probe) != work(result)]
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps([*kept, result], indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f'"{path}" cannot be written: {error.strerror}') from error
 
 
 def rows(result: Mapping[str, Any]) -> list[Row]:
