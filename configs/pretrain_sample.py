@@ -49,7 +49,15 @@ def _data() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             # Folders made by `skyjax data build`, with their share of the samples.
-            "sources": (("runs/records/triples", 1.0),),
+            "sources": (
+                ("runs/records/eurosat", 0.55),
+                ("runs/records/benv2", 0.15),
+                ("runs/records/worldcereal", 0.1),
+                ("runs/records/triples", 0.08),
+                ("runs/records/pastis", 0.06),
+                ("runs/records/treesatai", 0.04),
+                ("runs/records/flair2", 0.02),
+            ),
             "threads": 2,
             "prefetch": 4,  # batches
             # Fixed number of dates a view: drawn from the valid ones, masked where there are fewer.
