@@ -1,7 +1,6 @@
 """The `skyjax` command: one verb, one thin function. A verb imports its room only when it is called."""
 
 import argparse
-import dataclasses
 import json
 import logging
 import pathlib
@@ -181,7 +180,7 @@ def _data_stats(options: argparse.Namespace, overrides: list[str]) -> int:
     rows = stats(options.dataset)
     print_table(rows)
     if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
+        options.json.write_text(json.dumps(rows, indent=1))
     return 0
 
 
