@@ -3,19 +3,20 @@
 In: the folders of records that the config names, and the model. Out: HTML with every picture inside it.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
 from html import escape
 
 from skyjax.evals import pictures
-from skyjax.sample import MODALITIES, Sample
+from skyjax.sample import MODALITIES, Sample, Sequence
 
 SITES_A_SOURCE = 2
 TITLES = {"optical": "optical", "multispectral": "multispectral", "sar": "SAR", "fused": "fused"}
 
 
-def data_sheet(samples: Mapping[str, ListOf[Sample]]) -> str:
-    """A few sites of each source: the dates of each modality side by side, unclear parts striped."""
+def data_sheet(samples: Mapping[str, ListOf[Sample]], credits: Iterable[str] = ()) -> str:
+    """A few sites of each source: the dates of each modality side by side, unclear parts striped; then the credits."""
     parts = [
         '<p class="lead">A few sites of each source as they are stored, dates in order. Striped in red: not clear'
         " (cloud, shadow, snow or nodata), which training masks. <b>Bad:</b> stripes on clear ground, clouds without"
@@ -25,7 +26,8 @@ def data_sheet(samples: Mapping[str, ListOf[Sample]]) -> str:
         parts.append(f'<div class="source"><h3>{escape(source)}</h3>')
         parts += [_sample(sample) for sample in found[:SITES_A_SOURCE]]
         parts.append("</div>")
-    return "".join(parts)
+    lines = "<br>".join(map(escape, credits))
+    return "".join([*parts, f'<p class="details">{lines}</p>' if lines else ""])
 
 
 def feature_sheet(groups: Iterable[pictures.FeaturePictures]) -> str:
@@ -57,28 +59,40 @@ def _picture(image: pictures.Image, caption: str, note: str = "") -> str:
     quiet = f'<br><span class="quiet">{escape(note)}</span>' if note else ""
     alt = escape(f"{caption} {note}".strip())
     return (
-        f'<figure><img src="{pictures.data_uri(image)}" alt="{alt}" loading="lazy"><figcaption>{escape(caption)}{quiet}'
+        f'<figure><img src="{pictures.data_uri(image)}" alt="{alt}"><figcaption>{escape(caption)}{quiet}'
         "</figcaption></figure>"
     )
 
 
 def _sample(sample: Sample) -> str:
-    lon, lat = sample.lonlat.tolist()
-    place = (
-        f"{abs(lat):.3f}° {'N' if lat >= 0 else 'S'}, {abs(lon):.3f}° {'E' if lon >= 0 else 'W'}" if lon == lon else ""
+    present = {modality: sample.sequences[modality] for modality in MODALITIES if modality in sample.sequences}
+    strips = "".join(_strip(modality, sequence) for modality, sequence in present.items())
+    # Sites of one date each would be a column of lonely pictures: their modalities stand side by side instead.
+    flat = " flat" if all(sequence.valid.sum() <= 1 for sequence in present.values()) else ""
+    return (
+        f'<div class="site{flat}"><div class="site-name"><b>{escape(sample.id)}</b> {_place(*sample.lonlat.tolist())}'
+        f'</div><div class="strips">{strips}</div></div>'
     )
-    strips = []
-    for modality in MODALITIES:
-        if modality in sample.sequences:
-            sequence = sample.sequences[modality]
-            shown = pictures.date_pictures(sequence)
-            count = int(sequence.valid.sum())
-            dates = f"{len(shown)} of {count} dates" if len(shown) < count else f"{count} date{'s' * (count != 1)}"
-            size = f"{sequence.values.shape[1]} × {sequence.values.shape[2]} px"
-            tiles = [_picture(d.image, d.day, "" if d.clear > 0.995 else f"{100 * d.clear:.0f} % clear") for d in shown]
-            name = f"<b>{TITLES[modality]}</b>{escape(sequence.sensor)}<br>{size}, {dates}"
-            alone = " single" if count == 1 else ""
-            row = f'<div class="tiles{alone}">{"".join(tiles)}</div>'
-            strips.append(f'<div class="strip"><div class="strip-name">{name}</div>{row}</div>')
-    body = "".join(strips) or _gone("No modality.")
-    return f'<div class="site"><div class="site-name"><b>{escape(sample.id)}</b> {place}</div>{body}</div>'
+
+
+def _place(lon: float, lat: float) -> str:
+    if math.isnan(lon) or math.isnan(lat):
+        return "place not known"
+    return f"{abs(lat):.3f}° {'N' if lat >= 0 else 'S'}, {abs(lon):.3f}° {'E' if lon >= 0 else 'W'}"
+
+
+def _strip(modality: str, sequence: Sequence) -> str:
+    shown = pictures.date_pictures(sequence)
+    count = int(sequence.valid.sum())
+    dates = f"{len(shown)} of {count} dates" if len(shown) < count else f"{count} date{'s' * (count != 1)}"
+    size = f"{sequence.values.shape[1]} × {sequence.values.shape[2]} px"
+    name = f"<b>{TITLES[modality]}</b>{escape(sequence.sensor)}<br>{size}, {dates}"
+    tiles = [_picture(date.image, date.day, _share(date.clear)) for date in shown]
+    alone = " single" if count == 1 else ""
+    return (
+        f'<div class="strip"><div class="strip-name">{name}</div><div class="tiles{alone}">{"".join(tiles)}</div></div>'
+    )
+
+
+def _share(clear: float) -> str:
+    return "" if clear > 0.995 else f"{100 * clear:.0f} % clear"

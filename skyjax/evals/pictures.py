@@ -107,6 +107,15 @@ def samples_by_source(folders: Iterable[str]) -> dict[str, list[Sample]]:
     return found
 
 
+def credits(folders: Iterable[str]) -> list[str]:
+    """Title, licence and attribution of each data set that tells them: a report that shows images passes them on."""
+    found = []
+    for folder in folders:
+        about = records.RecordSource(folder).description
+        found.append(". ".join(str(about[word]) for word in ("title", "licence", "attribution") if about.get(word)))
+    return [words for words in dict.fromkeys(found) if words]
+
+
 def feature_pictures(
     encode: Encode, samples: Mapping[str, ListOf[Sample]], *, sites: int = 3, side: int = 320
 ) -> list[FeaturePictures]:
@@ -147,6 +156,8 @@ class DatePicture:
 def date_pictures(sequence: Sequence, *, dates: int = 8, side: int = 176) -> list[DatePicture]:
     """Dates from all over a sequence, in order; a date that is not there is left out."""
     there = np.flatnonzero(sequence.valid)
+    if not len(there):
+        return []
     limits = _limits(sequence)
     shown = there[np.unique(np.linspace(0, len(there) - 1, min(dates, len(there))).round().astype(int))]
     return [

@@ -47,6 +47,11 @@ class Run:
         steps = self.config.get("steps")
         return steps if isinstance(steps, int) else None
 
+    @property
+    def folders(self) -> list[str]:
+        """The data sets that it was trained on."""
+        return [str(source[0]) for source in self.config.get("data", {}).get("sources", ())]
+
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
     """Writes report.html into a run's directory and returns its path. A part that cannot be made says why."""
@@ -65,7 +70,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         ("pace", "Pace", lambda: _pace(run)),
         ("probes", "Probes", lambda: _probes(run)),
         ("features", "What the features see", lambda: _features(run, samples)),
-        ("data", "The data", lambda: _data(samples)),
+        ("data", "The data", lambda: _data(run, samples)),
         ("config", "Configuration", lambda: _config(run)),
         ("reproduce", "Versions and how to reproduce", lambda: _reproduce(run)),
     ]
@@ -286,11 +291,10 @@ def _probes(run: Run) -> str:
 
 def _samples(run: Run) -> dict[str, list[Sample]] | str:
     """Samples by source, or why there are none."""
-    folders = [source[0] for source in run.config.get("data", {}).get("sources", ())]
-    if not folders:
+    if not run.folders:
         return "No pictures: the config names no data."
     try:
-        return pictures.samples_by_source(folders)
+        return pictures.samples_by_source(run.folders)
     except UserError as error:
         return f"No pictures: {error}"
 
@@ -306,8 +310,10 @@ def _features(run: Run, samples: dict[str, list[Sample]] | str) -> str:
     return gallery.feature_sheet(groups) if groups else _gone("No sample has a date that the model can read.")
 
 
-def _data(samples: dict[str, list[Sample]] | str) -> str:
-    return _gone(samples) if isinstance(samples, str) else gallery.data_sheet(samples)
+def _data(run: Run, samples: dict[str, list[Sample]] | str) -> str:
+    if isinstance(samples, str):
+        return _gone(samples)
+    return gallery.data_sheet(samples, pictures.credits(run.folders))
 
 
 def _config(run: Run) -> str:

@@ -207,6 +207,8 @@ def test_dates_are_spread_over_the_sequence_and_absent_ones_left_out():
     shown = date_pictures(found, dates=4, side=8)
     assert [picture.day for picture in shown] == ["2019-04-15", "2019-04-19", "2019-04-22", "2019-04-25"]
     assert [picture.clear for picture in shown] == [0, 1, 1, 1]
+    found.valid[:] = False
+    assert date_pictures(found) == []
     assert date_pictures(sequence(noise(1, 4, 4, 3)))[0].image.shape == (176, 176, 3)
 
 

@@ -10,6 +10,8 @@ from skyjax.config import to_json
 from skyjax.errors import UserError
 from skyjax.evals import curves, probe, report, scores
 from skyjax.evals.report import write_report
+from skyjax.input import records
+from skyjax.sample import Sample
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 SECTIONS = {"learning", "health", "pace", "probes", "features", "data", "config", "reproduce"}
@@ -125,7 +127,7 @@ class Model:
             "spatial_valid": {m: np.ones((1, n, 4, 4), bool) for m, n in t.items()},
             "days": {m: s.days[None] for m, s in sample.sequences.items()},
             "fused": rng.normal(size=(1, 4, 4, 8)),
-            "fused_valid": np.ones((1, 4, 4), bool),
+            "fused_valid": np.full((1, 4, 4), bool(t)),
         }
 
 
@@ -256,6 +258,19 @@ def test_no_checkpoint_is_a_sentence(tmp_path, monkeypatch, tiny_config):
     monkeypatch.setattr(report, "Pretrained", Missing)
     text = "".join(Page(write_report(write_run(tmp_path / "run", tiny_config(), lines()))).text)
     assert "No picture of the features: there is no checkpoint" in text
+
+
+def test_samples_with_nothing_to_show(tmp_path, monkeypatch, tiny_config):
+    empty = Sample({}, np.full(2, np.nan, np.float32), id="<empty>", source="nowhere")
+    records.write([empty], tmp_path / "records", about={"licence": "CC-BY-4.0", "attribution": "<nobody>"})
+    config = tiny_config()
+    with config.unlocked():
+        config.data.sources = ((str(tmp_path / "records"), 1.0),)
+    monkeypatch.setattr(report, "Pretrained", Model)
+    text = "".join(Page(write_report(write_run(tmp_path / "run", config))).text)
+    assert "No sample has a date that the model can read" in text
+    assert "<empty> place not known" in text
+    assert "CC-BY-4.0. <nobody>" in text
 
 
 def test_hostile_names_are_text(tmp_path):
