@@ -8,7 +8,7 @@ host takes its slice of each global batch, and the whole state of the iterator i
 import logging
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import grain
@@ -209,7 +209,9 @@ def _order(sources: list[RecordSource], weights: list[float], seed: int) -> grai
     return grain.MapDataset.mix(ordered, weights) if len(ordered) > 1 else ordered[0]
 
 
-def device_batches(loader: Loader, sharding: jax.sharding.Sharding, depth: int = 2) -> Iterator[tuple[int, Batch]]:
+def device_batches(
+    loader: Loader, sharding: jax.sharding.Sharding, depth: int = 2
+) -> Generator[tuple[int, Batch], None, None]:
     """Batches on the devices, `depth` of them ahead of the consumer, so that a step never waits for a transfer.
 
     Args:

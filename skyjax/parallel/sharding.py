@@ -23,7 +23,8 @@ RULES: tuple[Rule, ...] = (
     (r".*/(bias|scale|temperature|logit_scale|positions|dates|extra_token|class_token)", ()),
     (r".*/classes", ("fsdp", None)),  # (k, d): a head's classes
     # (in, out): columns where the width grows, rows where it shrinks back, so that a block needs one sum over `tensor`
-    (r".*/(out|project|output|second|down)/kernel", ("tensor", "fsdp")),
+    (r".*/(out|down)/kernel", ("tensor", "fsdp")),
+    (r".*/cells/kernel", ("fsdp", None, None, "tensor")),  # (in, rows, columns, out): an up-head
     (r".*/kernel", ("fsdp", "tensor")),
 )
 

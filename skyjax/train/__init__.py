@@ -1,1 +1,1 @@
-"""Losses to checkpoints: state, step, loop, optimizer, checkpoint, metrics, preemption, watchdog, pre-trained models."""
+"""Losses to checkpoints: state, step, loop, optimizer, checkpoint, metrics, preemption, watchdog, trained models."""

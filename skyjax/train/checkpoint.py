@@ -41,20 +41,19 @@ class CheckpointWriter:
     """Writes checkpoints in the background, one at a time, and deletes old ones by the policy above.
 
     Args:
-      folder: made where missing.
-      keep: how many of the newest stay.
-      keep_every: every step that is a multiple stays; 0 for none.
+      workdir: of the run; its checkpoints folder is made where missing.
+      config: the config's `checkpoint`: how many of the newest are kept, and every which step (0: none).
 
     Raises:
       UserError: the folder cannot be written.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int, keep_every: int) -> None:
-        self.folder = folder.absolute()
+    def __init__(self, workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+        self.folder = (workdir / FOLDER).absolute()
         policies = ocp.training.preservation_policies
-        preserve: list[Any] = [policies.LatestN(max(keep, 1))]
-        if keep_every:
-            preserve.append(policies.EveryNSteps(keep_every))
+        preserve: list[Any] = [policies.LatestN(max(config.keep, 1))]
+        if config.keep_every:
+            preserve.append(policies.EveryNSteps(config.keep_every))
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self.folder,

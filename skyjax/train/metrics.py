@@ -1,13 +1,16 @@
 """What a run writes down: metrics.jsonl, TensorBoard files, and the progress on stderr."""
 
+import datetime
 import json
 import math
 import os
 import pathlib
 import time
 from collections.abc import Mapping
-from typing import Self
+from typing import Any, Self
 
+import jax
+import ml_collections
 import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -69,7 +72,7 @@ class MetricsFiles:
         self.close()
 
 
-def read(path: pathlib.Path) -> list[dict[str, float | None]]:
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. A last line cut by a crash is left out."""
     lines = []
     for text in path.read_text().splitlines():
@@ -98,30 +101,32 @@ def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
 
 
 class Clock:
-    """Seconds of training, over all starts of the run, and the speed since the last look.
+    """Seconds of training over all starts of a run, and its speed.
 
     Args:
       seconds: what the earlier starts took.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self._before = seconds
-        self._start = self._last = time.monotonic()
-        self._last_step: int | None = None
+        self._start = time.monotonic() - seconds
+        self._mark: tuple[int, float] | None = None
 
     @property
     def seconds(self) -> float:
         """Seconds of training until now."""
-        return self._before + time.monotonic() - self._start
+        return time.monotonic() - self._start
+
+    def mark(self, step: int) -> None:
+        """Starts to measure speed at the first step that is done: the time before it went into compilation."""
+        if self._mark is None:
+            self._mark = step, time.monotonic()
 
     def steps_per_second(self, step: int) -> float:
-        """Since the last call; NaN at the first, whose time is compilation."""
+        """Since the last call or mark; NaN where no step was done since."""
         now = time.monotonic()
-        speed = float("nan")
-        if self._last_step is not None and now > self._last:
-            speed = (step - self._last_step) / (now - self._last)
-        self._last, self._last_step = now, step
-        return speed
+        before, then = self._mark or (step, now)
+        self._mark = step, now
+        return (step - before) / (now - then) if step > before else math.nan
 
 
 class ProgressLine:
@@ -131,10 +136,10 @@ class ProgressLine:
         self._console = console or Console(stderr=True)
         self._steps = steps
         self._bar = Progress(
-            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[numbers]}"),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
             console=self._console,
             disable=not self._console.is_terminal,
@@ -145,15 +150,14 @@ class ProgressLine:
         """Moves the bar."""
         self._bar.update(self._task, completed=step)
 
-    def log(self, step: int, loss: float, samples_per_second: float, steps_per_second: float) -> None:
+    def log(self, step: int, loss: float, steps_per_second: float, batch_size: int) -> None:
         """Shows the numbers of a logged step."""
-        speed = f"{samples_per_second:.1f} samples/s" if math.isfinite(samples_per_second) else "compiled"
-        numbers = f"loss {loss:.4f}  {speed}"
+        known = steps_per_second > 0  # NaN is not
+        numbers = f"loss {loss:.4f}  " + (f"{steps_per_second * batch_size:.1f} samples/s" if known else "compiled")
         self._bar.update(self._task, numbers=numbers)
         if not self._console.is_terminal:
-            left = (self._steps - step) / steps_per_second if steps_per_second > 0 else math.nan
-            eta = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}" if left >= 0 else "-"
-            self.say(f"step {step}/{self._steps}  {numbers}  ETA {eta}")
+            left = datetime.timedelta(seconds=round((self._steps - step) / steps_per_second)) if known else "-"
+            self.say(f"step {step}/{self._steps}  {numbers}  ETA {left}")
 
     def say(self, text: str) -> None:
         """One line above the bar."""
@@ -165,3 +169,99 @@ class ProgressLine:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+
+class Journal:
+    """Everything that the loop says and writes about its steps, one step late so that the device never waits.
+
+    Args:
+      config: the experiment.
+      workdir: folder of the run.
+      step: the step that the run goes on from.
+      seconds: of training until then.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int, seconds: float) -> None:
+        self.clock = Clock(seconds)
+        self._config = config
+        self._files = MetricsFiles(workdir, step)
+        self._progress = ProgressLine(config.steps, step)
+        self._held: tuple[int, Mapping[str, Any]] | None = None
+        self._added: dict[str, float] = {}
+        self._nonfinite_in_a_row = 0
+        self._collapsed = False
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> int:
+        """Holds the metrics (device scalars) of the step just dispatched and finishes those of the one before.
+
+        Returns:
+          Updates skipped in a row until the step before.
+        """
+        self.finish()
+        self._held = step, metrics
+        return self._nonfinite_in_a_row
+
+    def add(self, numbers: Mapping[str, float]) -> None:
+        """More numbers for the line of the step that is held."""
+        self._added |= numbers
+
+    def finish(self) -> None:
+        """Waits for the held step; writes its line where one is due, and puts all lines on the disk."""
+        if self._held is None:
+            return
+        (step, metrics), self._held = self._held, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()} | self._added
+        first = self._nonfinite_in_a_row == 0 and values["nonfinite_in_a_row"] > 0
+        self._nonfinite_in_a_row = int(values["nonfinite_in_a_row"])
+        self._progress.step(step)
+        self.clock.mark(step)
+        if first:
+            self.say(f"step {step}: loss or gradient is not finite; update skipped, {values['skipped']:.0f} so far")
+        if is_due(self._config.log.every, step) or step == self._config.steps or self._added:
+            self._write(step, values)
+        self._added = {}
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        speed = self.clock.steps_per_second(step)
+        values |= {"samples_per_second": speed * self._config.batch_size, "seconds": self.clock.seconds}
+        self._files.write(step, values)
+        self._files.flush()
+        self._progress.log(step, values["loss"], speed, self._config.batch_size)
+        self._watch_collapse(step, values)
+
+    def _watch_collapse(self, step: int, values: Mapping[str, float]) -> None:
+        """Says when the rank falls below the alarm; not before the warm-up is over, when it says nothing yet."""
+        alarm = self._config.objective.rank_alarm
+        collapsed = step >= self._config.optimizer.warmup_steps and values["rank/fused"] < alarm
+        if collapsed and not self._collapsed:
+            self.say(
+                f"step {step}: the effective rank of the fused features is {values['rank/fused']:.2f}, below {alarm:g}"
+                f" (spread {values['spread/fused']:.3g}): they collapse. Raise objective.weights.spread or lower"
+                " optimizer.learning_rate"
+            )
+            self._collapsed = True
+        elif values["rank/fused"] > 1.5 * alarm:  # well above, or a rank near the alarm would warn again and again
+            self._collapsed = False
+
+    def say(self, text: str) -> None:
+        """One line on stderr."""
+        self._progress.say(text)
+
+    def __enter__(self) -> Self:
+        self._progress.__enter__()
+        parts = self._config.micro_batches
+        if parts > 1:
+            size = self._config.batch_size // parts
+            self.say(
+                f"micro_batches={parts}: what compares samples (alignment, spread, balancing) sees {size} at a time"
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.__exit__()
+        self._files.close()
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something done every so many steps (0: never) is due at a step."""
+    return every > 0 and step > 0 and step % every == 0

@@ -34,12 +34,6 @@ def teacher_momentum(config: ml_collections.ConfigDict, step: Int[Array, ""] | i
     return cosine(config.optimizer.teacher_momentum, 1.0, step, config.steps)
 
 
-def teacher_temperature(config: ml_collections.ConfigDict, step: Int[Array, ""] | int) -> Float[Array, ""]:
-    """Temperature of the teacher's scores: cosine between the two values of `objective.teacher_temperature`."""
-    start, end = config.objective.teacher_temperature
-    return cosine(start, end, step, config.steps)
-
-
 def cosine(start: float, end: float, step: Int[Array, ""] | int, steps: int) -> Float[Array, ""]:
     """Half a cosine from `start` at step 0 to `end` at `steps` and after."""
     share = jnp.clip(jnp.asarray(step, jnp.float32) / max(steps, 1), 0, 1)

@@ -14,6 +14,7 @@ import ml_collections
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
+from skyjax.errors import UserError
 from skyjax.models import skysense
 from skyjax.objectives.heads import init_heads
 from skyjax.parallel.sharding import state_shardings
@@ -49,8 +50,15 @@ def init_params(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> dict[
 
 
 def abstract(config: ml_collections.ConfigDict) -> State:
-    """Shapes and types of the state; nothing is allocated. Errors as in `init`."""
-    return jax.eval_shape(lambda key: init(config, key), jax.random.key(config.seed))
+    """Shapes and types of the state; nothing is allocated.
+
+    Raises:
+      UserError: as in `init`, or values of the model's config contradict each other.
+    """
+    try:
+        return jax.eval_shape(lambda key: init(config, key), jax.random.key(config.seed))
+    except ValueError as error:  # models say it so, since they know nothing of configs
+        raise UserError(f"config: {error}") from error
 
 
 def create(config: ml_collections.ConfigDict, mesh: Mesh) -> State:

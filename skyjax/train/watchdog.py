@@ -7,6 +7,7 @@ import threading
 from typing import Self
 
 EXIT_HUNG = 124
+STDERR = 2  # the file, not sys.stderr, which the progress bar may have replaced
 
 
 class Watchdog:
@@ -40,6 +41,6 @@ class Watchdog:
                 self._beaten.clear()
                 continue
             print(f"skyjax: no step was finished for {self.seconds:g} s; stacks of all threads:", file=sys.stderr)
-            faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(file=STDERR, all_threads=True)
             # Not sys.exit: the main thread hangs, and so would its clean-up.
             os._exit(EXIT_HUNG)

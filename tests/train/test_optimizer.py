@@ -15,9 +15,7 @@ DECAYS = ((".*/bias", 0.0), (".*/kernel", 2.0))
 
 
 def make_config(**changes):
-    config = ml_collections.ConfigDict(
-        {"steps": 30, "optimizer": {}, "objective": {"teacher_temperature": (0.04, 0.07)}}
-    )
+    config = ml_collections.ConfigDict({"steps": 30, "optimizer": {}})
     config.optimizer.update(
         learning_rate=0.02, final_learning_rate=0.001, warmup_steps=5, weight_decay=0.1, b1=0.9, b2=0.99, clip=1.5,
         learning_rate_multipliers=RATES, weight_decay_multipliers=DECAYS, teacher_momentum=0.9,
@@ -85,8 +83,6 @@ def test_schedules_by_hand():
     assert_allclose(got[-1], 0.001, rtol=1e-6)
     momentum = [float(optimizer.teacher_momentum(config, step)) for step in (0, 15, 30, 99)]
     assert_allclose(momentum, [0.9, 0.95, 1, 1], rtol=1e-6)
-    temperature = [float(optimizer.teacher_temperature(config, step)) for step in (0, 15, 30)]
-    assert_allclose(temperature, [0.04, 0.055, 0.07], rtol=1e-6)
 
 
 def test_warm_up_longer_than_the_run_is_cut():

@@ -1,0 +1,219 @@
+"""The training loop: a config and a folder in, a trained run that can be started again out.
+
+The order of the loop's body (DESIGN.md, section 3, rule 5) is what makes a resumed run equal to one that was never
+stopped: evaluate and save the old state before the next batch is drawn, and write the metrics before the checkpoint.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import pathlib
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from skyjax import __version__
+from skyjax.config import to_json
+from skyjax.input.loader import Loader, device_batches
+from skyjax.models.parameters import table
+from skyjax.parallel.mesh import make_mesh
+from skyjax.parallel.sharding import batch_sharding, check_batch_size, replicated, state_shardings, with_shardings
+from skyjax.sensors import statistics
+from skyjax.train import checkpoint
+from skyjax.train import state as states
+from skyjax.train.metrics import Journal, cannot_write, is_due
+from skyjax.train.preemption import EXIT_PREEMPTED, Preemption
+from skyjax.train.step import Metrics, make_step
+from skyjax.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
+
+EXIT_DONE, EXIT_FAILED = 0, 1
+NONFINITE_LIMIT = 10  # updates skipped in a row that end a run
+
+Evaluator = Callable[[states.State, int], Mapping[str, float]]
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    evaluators: Sequence[Evaluator] = (),
+    report: Callable[[pathlib.Path], Any] | None = None,
+) -> int:
+    """Trains to `config.steps`; goes on from the newest checkpoint where `workdir` holds one.
+
+    Args:
+      config: the experiment.
+      workdir: gets config.json, versions.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      evaluators: called every `config.eval.every` steps with the state and the step; their numbers join that step's
+        line of metrics.jsonl. One that fails is named in a warning and the run goes on.
+      report: called with `workdir` when training is done.
+
+    Returns:
+      The exit code: 0 done, 75 preempted with everything saved, 1 after NONFINITE_LIMIT skipped updates in a row (the
+      last good checkpoint stays). A hang ends the process with 124.
+
+    Raises:
+      UserError: config, data, workdir or checkpoints are not usable, or the disk is full.
+    """
+    with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(Preemption())
+        watchdog = stack.enter_context(Watchdog(config.watchdog.seconds))
+        mesh = make_mesh(config.mesh)
+        check_batch_size(config.batch_size, config.micro_batches, mesh)
+        state, loader, notes = start(config, workdir, mesh)
+        stack.callback(loader.close)
+        batches = stack.enter_context(contextlib.closing(device_batches(loader, batch_sharding(mesh))))
+        writer = stack.enter_context(checkpoint.CheckpointWriter(workdir, config.checkpoint))
+        journal = stack.enter_context(Journal(config, workdir, notes["step"], notes["seconds"]))
+        stack.enter_context(jax.set_mesh(mesh))
+        train_step = jit_step(config, notes["statistics"], state, mesh)
+
+        def save() -> None:
+            journal.finish()
+            writer.save(state, {**notes, "step": step, "position": position, "seconds": journal.clock.seconds})
+
+        step, position, saved = notes["step"], notes["position"], notes["step"]
+        while True:
+            if preemption.requested:
+                if step != saved:
+                    save()
+                writer.wait()
+                return EXIT_PREEMPTED
+            if is_due(config.eval.every, step) and step != notes["step"]:
+                journal.add(evaluate(evaluators, state, step))
+                watchdog.beat()
+            if (is_due(config.checkpoint.every, step) or step == config.steps) and step != saved:
+                save()
+                saved = step
+            if step >= config.steps:
+                break
+            position, batch = next(batches)
+            state, metrics = train_step(state, batch)
+            step += 1
+            preemption.something_to_save()
+            if journal.log(step, metrics) >= NONFINITE_LIMIT:
+                journal.say(
+                    f"skyjax: loss or gradient was not finite in {NONFINITE_LIMIT} steps in a row; the last good"
+                    f" checkpoint is that of step {saved}. Lower optimizer.learning_rate, or look at the data there"
+                )
+                return EXIT_FAILED
+            loader.check_bad()
+            watchdog.beat()
+        writer.wait()
+    if report is not None:
+        report(workdir)
+    return EXIT_DONE
+
+
+def start(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, mesh: Mesh
+) -> tuple[states.State, Loader, checkpoint.Notes]:
+    """State, loader and notes of a new run, or of the newest checkpoint in `workdir`. Errors as in `train`."""
+    abstract = states.abstract(config)
+    shardings = state_shardings(abstract, mesh)
+    restored = checkpoint.restore_newest(workdir / checkpoint.FOLDER, with_shardings(abstract, shardings), config)
+    notes: checkpoint.Notes = {"step": 0, "position": 0, "seconds": 0.0, "statistics": statistics_table(config.model)}
+    now = versions()
+    if restored:
+        notes = restored[1]
+        other = [f"{name} {was}" for name, was in notes["versions"].items() if name != "git" and was != now.get(name)]
+        if other:
+            log.warning("this run was begun with %s; numbers may differ in the last bits", ", ".join(other))
+    notes |= {"config": json.loads(to_json(config)), "versions": now}
+    loader = Loader(
+        config, position=notes["position"], process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    write_files(workdir, {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)})
+    return restored[0] if restored else states.create(config, mesh), loader, notes
+
+
+def jit_step(
+    config: ml_collections.ConfigDict, statistics: Mapping[str, Any], state: states.State, mesh: Mesh
+) -> Callable[[states.State, Any], tuple[states.State, Metrics]]:
+    """`make_step` compiled: the state is donated and keeps its shardings.
+
+    Args:
+      config: the experiment.
+      statistics: as `statistics_table` gives them.
+      state: concrete or abstract.
+      mesh: of the devices.
+    """
+    shardings = state_shardings(state, mesh)
+    arrays = {m: (np.array(t["mean"], np.float32), np.array(t["std"], np.float32)) for m, t in statistics.items()}
+    return jax.jit(make_step(config, arrays), donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def statistics_table(model: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
+    """What images are normalised by, as it travels in checkpoints: modality -> sensors, bands, mean and std.
+
+    `mean` and `std` are (sensors, bands) lists in the sensors' units; a band that a sensor lacks has 0 and 1.
+    """
+    tables = {}
+    for modality, part in model.modalities.items():
+        mean, std = statistics(part.sensors, part.bands)
+        tables[modality] = {
+            "sensors": list(part.sensors),
+            "bands": list(part.bands),
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+        }
+    return tables
+
+
+def evaluate(evaluators: Sequence[Evaluator], state: states.State, step: int) -> dict[str, float]:
+    """The numbers of all evaluators; one that fails costs a warning, not the run."""
+    numbers: dict[str, float] = {}
+    for evaluator in evaluators:
+        try:
+            numbers |= evaluator(state, step)
+        except Exception as error:
+            log.warning("step %d: an evaluation failed, training goes on: %r", step, error)
+    return numbers
+
+
+def dry_run(config: ml_collections.ConfigDict) -> str:
+    """The resolved config and the parameters of every part, without allocating them. Errors as in `train`."""
+    params = states.abstract(config)["params"]
+    lines = [to_json(config), ""]
+    for name, part in params.items():
+        found = table(part)
+        lines += [f"{name}/{row.path}  {row.shape}  {row.count:,}" for row in found.rows]
+        lines += [f"{name}/{path}: {count:,} parameters" for path, count in found.parts.items()]
+        lines += [f"{name}: {found.total:,} parameters", ""]
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on, and the revision of this checkout where it is one."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    found = {"skyjax": __version__, "python": platform.python_version()}
+    found |= {package: importlib.metadata.version(package) for package in packages}
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # installed from a wheel
+        found["git"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return found
+
+
+def write_files(workdir: pathlib.Path, files: Mapping[str, str]) -> None:
+    """Makes the folder and writes each file whole or not at all.
+
+    Raises:
+      UserError: no permission or no space.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            part = workdir / f"{name}.part"
+            part.write_text(text + "\n")
+            part.replace(workdir / name)
+    except OSError as error:
+        raise cannot_write(workdir, error) from error

@@ -1,0 +1,101 @@
+"""What many tests share: the pretrain_sample config shrunk to a size that compiles in seconds, and records for it."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from skyjax.config import load_config
+from skyjax.input import records
+from skyjax.sample import Sample, Sequence
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# What makes configs/pretrain_sample.py small; everything else stays as users run it.
+TINY = {
+    "steps": 6,
+    "batch_size": 4,
+    "checkpoint.every": 3,
+    "log.every": 1,
+    "optimizer.warmup_steps": 2,
+    "data.threads": 1,
+    "data.prefetch": 1,
+    "data.dates.multispectral": 2,
+    "data.dates.sar": 2,
+    "data.global_views.size.optical": 16,
+    "data.local_views.count": 1,
+    "data.local_views.size.optical": 8,
+    "data.local_views.dates.multispectral": 1,
+    "data.local_views.dates.sar": 1,
+    "model.spatial_width": 16,
+    "model.modalities.optical.patch_size": 2,
+    "model.modalities.optical.width": 8,
+    "model.modalities.optical.depths": (2, 2),
+    "model.modalities.optical.heads": (1, 2),
+    "model.modalities.multispectral.bands": ("B02", "B03", "B04"),
+    "model.modalities.multispectral.width": 8,
+    "model.modalities.multispectral.depth": 1,
+    "model.modalities.multispectral.heads": 1,
+    "model.modalities.sar.width": 8,
+    "model.modalities.sar.depth": 1,
+    "model.modalities.sar.heads": 1,
+    "model.fusion.width": 16,
+    "model.fusion.depth": 1,
+    "model.fusion.heads": 1,
+    "objective.classes": 16,
+    "objective.head_hidden": 8,
+    "objective.head_bottleneck": 8,
+    "objective.pixel.tokens": 4,
+    "objective.object.clusters": 2,
+}
+
+
+def make_tiny_config(records_folder, **changes):
+    """configs/pretrain_sample.py shrunk; `changes` are written with __ for the dot: objective__classes=8."""
+    settings = TINY | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = [
+        f"{key}={value!r}" if not isinstance(value, str) else f"{key}={value}" for key, value in settings.items()
+    ]
+    config = load_config(ROOT / "configs" / "pretrain_sample.py", overrides)
+    with config.unlocked():
+        config.data.sources = ((str(records_folder), 1.0),)
+    return config
+
+
+def random_sample(rng, number):
+    """A site of 40 m: an aerial image, Sentinel-2 and Sentinel-1 at irregular dates; now and then one is missing."""
+    extent = np.array([20, -20, -20, 20], np.float32)
+
+    def sequence(sensor, bands, dates, pixels, values):
+        clear = rng.random((dates, pixels, pixels)) > 0.1
+        days = np.sort(rng.integers(18000, 18700, dates)).astype(np.int32)
+        return Sequence(values, days, np.ones(dates, bool), clear, sensor, bands, extent)
+
+    dates = 1 + number % 3
+    sequences = {
+        "optical": sequence("rgb", ("red", "green", "blue"), 1, 40, rng.integers(0, 255, (1, 40, 40, 3), np.uint8)),
+        "multispectral": sequence(
+            "sentinel2-l2a", ("B02", "B03", "B04", "B08"), dates, 8, rng.integers(0, 4000, (dates, 8, 8, 4), np.uint16)
+        ),
+        "sar": sequence(
+            "sentinel1-grd", ("VV", "VH"), dates, 8, rng.normal(-12, 4, (dates, 8, 8, 2)).astype(np.float32)
+        ),
+    }
+    for absent in {5: ["optical"], 6: ["sar"], 7: ["multispectral", "sar"]}.get(number % 8, []):
+        del sequences[absent]
+    return Sample(sequences, np.array([7.0, 50.0], np.float32), id=f"site {number}", source="random")
+
+
+@pytest.fixture(scope="session")
+def sample_records(tmp_path_factory):
+    """A folder of 24 random samples in the real format, all three modalities, some of them missing."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("records") / "random"
+    records.write([random_sample(rng, number) for number in range(24)], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(sample_records):
+    """A function of changes (objective__classes=8) that gives a config which trains in seconds on `sample_records`."""
+    return lambda **changes: make_tiny_config(sample_records, **changes)
