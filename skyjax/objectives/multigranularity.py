@@ -8,6 +8,7 @@ All pairs and dates of a sample lie on one axis `r`, global and local, so that a
 balancing (distillation.py).
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,7 +75,7 @@ class Pairs(NamedTuple):
 
 
 def levels(
-    students: Sequence[Maps], teacher: Maps, *, config: ml_collections.ConfigDict, keys: Array
+    students: Sequence[Maps], teacher: Maps, *, config: ml_collections.ConfigDict, noise: Float[Array, "b l"]
 ) -> dict[str, Rows]:
     """The rows of every level that has a weight.
 
@@ -82,19 +83,17 @@ def levels(
       students: the student's maps of its global views and, where there are any, of its local ones.
       teacher: the teacher's maps of the global views.
       config: `objective`.
-      keys: one a sample.
+      noise: uniform random numbers of each sample, at least `num_draws`, for the places of the pixel level.
     """
     pairs = [pair_views(maps, teacher, same_views=i == 0) for i, maps in enumerate(students)]
     rows = {}
     if config.weights.pixel:
-        rows["pixel"] = join(
-            [
-                pixel_rows(
-                    maps, teacher, x, tokens=config.pixel.tokens, keys=jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-                )
-                for i, (maps, x) in enumerate(zip(students, pairs, strict=True))
-            ]
-        )
+        parts, first = [], 0
+        for maps, x in zip(students, pairs, strict=True):
+            last = first + math.prod(x.dated.shape[1:]) * x.inside.shape[2]
+            parts.append(pixel_rows(maps, teacher, x, tokens=config.pixel.tokens, noise=noise[:, first:last]))
+            first = last
+        rows["pixel"] = join(parts)
     if config.weights.object:
         rows["object"] = object_rows(students, teacher, pairs, config=config)
     if config.weights.image:
@@ -102,15 +101,23 @@ def levels(
     return rows
 
 
-def pair_views(student: Maps, teacher: Maps, *, same_views: bool) -> Pairs:
+def num_draws(students: Sequence[Maps], teacher: Maps) -> int:
+    """Random numbers that `levels` needs a sample: one for each token of each date and pair of views."""
+    return sum(
+        len(view_pairs(maps, teacher, same_views=i == 0)) * math.prod(maps.features.shape[2:5])
+        for i, maps in enumerate(students)
+    )
+
+
+def view_pairs(student: Maps, teacher: Maps, *, same_views: bool) -> list[tuple[int, int]]:
     """All (student view, teacher view); where both networks have the same views, those of two different ones."""
-    views = [
-        (i, j)
-        for i in range(student.features.shape[1])
-        for j in range(teacher.features.shape[1])
-        if not (same_views and i == j)
-    ]
-    mine, other = np.array(views).T
+    students, teachers = student.features.shape[1], teacher.features.shape[1]
+    return [(i, j) for i in range(students) for j in range(teachers) if not (same_views and i == j)]
+
+
+def pair_views(student: Maps, teacher: Maps, *, same_views: bool) -> Pairs:
+    """The teacher's counterpart of every date and token, for all `view_pairs`."""
+    mine, other = np.array(view_pairs(student, teacher, same_views=same_views)).T
     slot, dated = geometry.match_days(
         student.days[:, mine], student.valid[:, mine], teacher.days[:, other], teacher.seen[:, other]
     )
@@ -129,7 +136,7 @@ def pair_views(student: Maps, teacher: Maps, *, same_views: bool) -> Pairs:
     )
 
 
-def pixel_rows(student: Maps, teacher: Maps, pairs: Pairs, *, tokens: int, keys: Array) -> Rows:
+def pixel_rows(student: Maps, teacher: Maps, pairs: Pairs, *, tokens: int, noise: Float[Array, "b l"]) -> Rows:
     """At most `tokens` student tokens a pair and date with the teacher's feature at the same place and day.
 
     A place counts when the student saw the date and at least half of the teacher's bilinear weight there is measured.
@@ -140,7 +147,7 @@ def pixel_rows(student: Maps, teacher: Maps, pairs: Pairs, *, tokens: int, keys:
       teacher: maps of the teacher's views.
       pairs: of these views.
       tokens: places scored a pair and date.
-      keys: one a sample.
+      noise: uniform random numbers, one for each pair, date and token; the places with the largest are drawn.
     """
     b, p, t = pairs.dated.shape
     n, cells = pairs.inside.shape[2], _cells(teacher)
@@ -150,8 +157,7 @@ def pixel_rows(student: Maps, teacher: Maps, pairs: Pairs, *, tokens: int, keys:
     counts = pairs.dated[..., None] & pairs.inside[:, :, None] & _asked(student, pairs) & _is_half(share)
 
     k = min(tokens, n)
-    noise = jax.vmap(lambda key: jax.random.uniform(key, (p, t, n)))(keys)
-    order, chosen = jax.lax.top_k(jnp.where(counts, noise, -1), k)
+    order, chosen = jax.lax.top_k(jnp.where(counts, noise.reshape(b, p, t, n), -1), k)
     drawn = order >= 0
     index, weight = (jnp.take_along_axis(x, chosen[..., None], axis=3) for x in (index, weight))
     first = jnp.asarray(pairs.student_view)[:, None] * t + jnp.arange(t)  # the student's map of each pair and date
@@ -230,15 +236,13 @@ def cluster(
     mean = tokens.sum(0) / jnp.maximum(valid.sum(), 1)
     tokens = unit(jnp.where(valid[:, None], tokens - mean, 0))
 
-    def assign(centres: Float[Array, "k d"]) -> Float[Array, "n k"]:
-        scores = jnp.einsum("nd,kd->nk", tokens, centres)
-        return sinkhorn(scores, valid, epsilon=config.object.epsilon, iterations=config.sinkhorn_iterations)
+    def assign_and_move(_: int, state: tuple[Array, Array]) -> tuple[Float[Array, "k d"], Float[Array, "n k"]]:
+        scores = jnp.einsum("nd,kd->nk", tokens, state[0])
+        assignment = sinkhorn(scores, valid, epsilon=config.object.epsilon, iterations=config.sinkhorn_iterations)
+        return unit(jnp.einsum("nk,nd->kd", assignment, tokens)), assignment
 
-    def move(_: int, centres: Float[Array, "k d"]) -> Float[Array, "k d"]:
-        return unit(jnp.einsum("nk,nd->kd", assign(centres), tokens))
-
-    centres = _farthest(tokens, valid, config.object.clusters)
-    return assign(jax.lax.fori_loop(0, config.object.iterations - 1, move, centres))
+    start = _farthest(tokens, valid, config.object.clusters), jnp.zeros((len(tokens), config.object.clusters))
+    return jax.lax.fori_loop(0, config.object.iterations, assign_and_move, start)[1]
 
 
 def masked_mean(

@@ -62,22 +62,29 @@ def objective(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(jax.random.key(seed), _STREAM), index)
     modalities = heads.modalities_of(student["global"]["spatial"])
 
-    for stream in (*modalities, "fused"):
-        students = [_maps(student[name], views[name], stream, student=True) for name in sets]
-        teachers = _maps(teacher["global"], views["global"], stream, student=False)
-        stream_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, heads.STREAMS.index(stream))
-        for level, rows in multigranularity.levels(students, teachers, config=config, keys=stream_keys).items():
+    maps = {
+        stream: (
+            [_maps(student[name], views[name], stream, student=True) for name in sets],
+            _maps(teacher["global"], views["global"], stream, student=False),
+        )
+        for stream in (*modalities, "fused")
+    }
+    # One draw serves all streams: a generator for each would take longer to compile than what it draws for.
+    draws = max(multigranularity.num_draws(*pair) for pair in maps.values())
+    noise = jax.vmap(lambda key: jax.random.uniform(key, (draws,)))(keys)
+    for stream, (students, teachers) in maps.items():
+        for level, rows in multigranularity.levels(students, teachers, config=config, noise=noise).items():
             sums[f"{level}/{stream}"] = distil(
                 rows,
                 student_heads[stream][level],
                 teacher_heads[stream][level],
                 config=config,
                 teacher_temperature=teacher_temperature,
-                keys=stream_keys,
+                keys=keys,
             )
             own[f"{level}/{stream}"] = rows.counted
 
-    pooled = {m: _pool(_maps(student["global"], views["global"], m, student=True)) for m in (*modalities, "fused")}
+    pooled = {stream: _pool(students[0]) for stream, (students, _) in maps.items()}
     if config.weights.alignment and len(modalities) > 1:
         features, present = ({m: pooled[m][i] for m in modalities} for i in (0, 1))
         pair_sums, pair_counts = alignment.align(features, present, student_heads["alignment"])

@@ -29,6 +29,7 @@ def head():
     return {**kernels, "temperature": jnp.log(jnp.float32(0.1))}
 
 
+@jax.jit
 def loss(features, head, present):
     sums, _ = alignment.align(features, present, head)
     return sum(sums.values())

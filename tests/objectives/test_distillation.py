@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -42,11 +44,10 @@ def rows():
 
 
 def total(rows, settings, student_head, teacher_head):
-    return distillation.distil(
+    return jax.jit(functools.partial(distillation.distil, config=settings))(
         rows,
         student_head,
         teacher_head,
-        config=settings,
         teacher_temperature=jnp.float32(0.06),
         keys=jax.random.split(jax.random.key(3), B),
     )

@@ -1,3 +1,6 @@
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -19,7 +22,7 @@ CONFIG = ml_collections.ConfigDict(
         "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0},
     }
 )
-KEYS = jax.random.split(jax.random.key(0), B)
+NOISE = np.random.default_rng(5).random((B, 1000)).astype(np.float32)
 
 
 def maps_of(cuts, days, grid, *, seen=None, places=None, features=None):
@@ -55,9 +58,23 @@ def scene():
     return student, local_student, teacher, cuts, local_cuts
 
 
-def pixel(student, teacher, keys=KEYS, *, same_views=True, tokens=5):
+@functools.partial(jax.jit, static_argnames=("same_views", "tokens"))
+def pixel(student, teacher, noise=NOISE, *, same_views=True, tokens=5):
     pairs = multigranularity.pair_views(student, teacher, same_views=same_views)
-    return multigranularity.pixel_rows(student, teacher, pairs, tokens=tokens, keys=keys)
+    draws = math.prod(pairs.dated.shape[1:]) * pairs.inside.shape[2]
+    return multigranularity.pixel_rows(student, teacher, pairs, tokens=tokens, noise=noise[:, :draws])
+
+
+@jax.jit
+def objects(students, teacher):
+    pairs = [multigranularity.pair_views(maps, teacher, same_views=i == 0) for i, maps in enumerate(students)]
+    return multigranularity.object_rows(students, teacher, pairs, config=CONFIG)
+
+
+@jax.jit
+def images(student, teacher):
+    pairs = multigranularity.pair_views(student, teacher, same_views=True)
+    return multigranularity.image_rows(student, teacher, pairs)
 
 
 def expected_counts(student, teacher, cuts, other_cuts, same_views):
@@ -121,19 +138,18 @@ def test_pixel_rows_are_exact_where_all_four_neighbours_were_measured(scene):
     assert_allclose(rows.student, rows.teacher, atol=1e-5)
 
 
-def test_draws_belong_to_the_sample_and_its_key(scene):
+def test_draws_belong_to_the_sample_and_its_noise(scene):
     student, _, teacher, _, _ = scene
     rows = pixel(student, teacher)
-    alone = pixel(*(jax.tree.map(lambda x: x[1:2], maps) for maps in (student, teacher)), KEYS[1:2])
+    alone = pixel(*(jax.tree.map(lambda x: x[1:2], maps) for maps in (student, teacher)), NOISE[1:2])
     assert_array_equal(rows.student[1], alone.student[0])
-    other = pixel(student, teacher, KEYS[::-1])
+    other = pixel(student, teacher, NOISE[::-1])
     assert not np.array_equal(rows.student, other.student)
 
 
 def test_image_rows_are_means_over_measured_places_of_seen_dates(scene):
     student, _, teacher, _, _ = scene
-    pairs = multigranularity.pair_views(student, teacher, same_views=True)
-    rows = multigranularity.image_rows(student, teacher, pairs)
+    rows = images(student, teacher)
     at = 0
     for v, u in ((0, 1), (1, 0)):
         for s in range(T):
@@ -145,7 +161,7 @@ def test_image_rows_are_means_over_measured_places_of_seen_dates(scene):
             at += 1
     assert rows.counted == np.asarray(student.seen).sum()
     hidden = student._replace(places=student.places.at[0].set(False))
-    assert multigranularity.image_rows(hidden, teacher, pairs).counted == np.asarray(student.seen)[1:].sum()
+    assert images(hidden, teacher).counted == np.asarray(student.seen)[1:].sum()
 
 
 def test_object_rows_find_the_two_halves_of_the_ground_in_both_views():
@@ -155,8 +171,7 @@ def test_object_rows_find_the_two_halves_of_the_ground_in_both_views():
     west, east = np.array([5.0, 1, 0, 2]), np.array([5.0, -2, 1, 0])
     kinds = np.stack([[cut.ground((4, 4))[..., 1:] < 0.5 for cut in row] for row in cuts])[:, :, None]
     maps = maps_of(cuts, days, (4, 4), features=np.where(kinds, west, east))
-    pairs = multigranularity.pair_views(maps, maps, same_views=True)
-    rows = multigranularity.object_rows([maps], maps, [pairs], config=CONFIG)
+    rows = objects([maps], maps)
     assert_allclose(rows.student, rows.teacher, atol=1e-3)
     for i in range(B):
         for p in range(2):
@@ -169,11 +184,7 @@ def test_object_rows_find_the_two_halves_of_the_ground_in_both_views():
 
 def test_object_weights_of_a_pair_and_date_sum_to_one_where_there_is_overlap(scene):
     student, local_student, teacher, _, _ = scene
-    pairs = [
-        multigranularity.pair_views(student, teacher, same_views=True),
-        multigranularity.pair_views(local_student, teacher, same_views=False),
-    ]
-    rows = multigranularity.object_rows([student, local_student], teacher, pairs, config=CONFIG)
+    rows = objects([student, local_student], teacher)
     sums = np.asarray(rows.weight).reshape(B, -1, CONFIG.object.clusters).sum(-1)
     assert_allclose(sums[sums > 0], 1, atol=1e-5)
     assert rows.counted == (sums > 0).sum()
@@ -188,10 +199,9 @@ def test_object_rows_are_finite_for_no_token_one_token_and_equal_tokens(tokens, 
     features = rng.normal(size=(1, 2, 1, 4, 4, 3)) if tokens == "random" else np.ones((1, 2, 1, 4, 4, 3))
     places = (np.arange(16) < measured).reshape(1, 1, 1, 4, 4) & np.ones((1, 2, 1, 1, 1), bool)
     maps = maps_of(cuts, np.full((1, 2, 1), 7), (4, 4), features=features, places=places)
-    pairs = multigranularity.pair_views(maps, maps, same_views=True)
 
     def loss(features):
-        rows = multigranularity.object_rows([maps._replace(features=features)], maps, [pairs], config=CONFIG)
+        rows = objects([maps._replace(features=features)], maps)
         return jnp.sum(rows.weight[..., None] * jnp.square(rows.student)), rows
 
     (value, rows), gradient = jax.value_and_grad(loss, has_aux=True)(maps.features)
@@ -212,9 +222,8 @@ def test_clusters_start_far_apart_and_masked_tokens_belong_to_none():
     valid[[0, 7]] = False
     config = ml_collections.ConfigDict(CONFIG.to_dict())
     config.object.clusters = 4
-    assignment = np.asarray(
-        multigranularity.cluster(jnp.asarray(tokens, jnp.float32), jnp.asarray(valid), config=config)
-    )
+    cluster = jax.jit(functools.partial(multigranularity.cluster, config=config))
+    assignment = np.asarray(cluster(jnp.asarray(tokens, jnp.float32), valid))
     assert_array_equal(assignment[~valid], 0)
     assert_allclose(assignment[valid].sum(1), 1, atol=1e-5)
     together = assignment @ assignment.T > 0.5
