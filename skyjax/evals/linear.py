@@ -171,9 +171,7 @@ def logistic_path(
     targets = np.eye(num_classes, dtype=np.float32)[labels] if one_label else labels.astype(np.float32)
     centre = features.mean(0)
     centred = (features - centre).astype(np.float64)
-    variance, axes = np.linalg.eigh(centred.T @ centred / len(features))
-    kept = variance > variance.max(initial=0) * 1e-10  # the optimum is zero along axes that no example moves on
-    variance, axes = variance[kept], axes[:, kept]
+    variance, axes = _principal_axes(centred)
     rotated = _with_one((centred @ axes).astype(np.float32))
 
     share = targets.mean(0).clip(1e-3, 1 - 1e-3)
@@ -204,6 +202,17 @@ def logistic_path(
     unrotated = np.einsum("da,pak->pdk", axes, weights[:, :-1])
     bias = weights[:, -1] - np.einsum("d,pdk->pk", centre, unrotated)
     return np.concatenate([unrotated, bias[:, None]], axis=1, dtype=np.float32)
+
+
+def _principal_axes(
+    centred: Float[np.ndarray, "n d"],
+) -> tuple[Float[np.ndarray, "a"], Float[np.ndarray, "d a"]]:
+    """Variance along each axis, and the axes, but those that no example moves on: the optimum is zero along them."""
+    n, d = centred.shape
+    variance, vectors = np.linalg.eigh((centred @ centred.T if n < d else centred.T @ centred) / n)
+    kept = variance > variance.max() * 1e-10
+    variance, vectors = variance[kept], vectors[:, kept]
+    return variance, centred.T @ vectors / np.sqrt(n * variance) if n < d else vectors
 
 
 def _side_by_side(weights: np.ndarray) -> np.ndarray:

@@ -1,0 +1,101 @@
+"""Features of a labelled set, one vector an example.
+
+Each image is read once and goes through every extractor while it is in memory. The encoder's vector is the mean of the
+fused features over valid places ("fused"), or of one modality's spatial encoder, before its up-head, over valid places
+and dates.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+from skyjax.errors import UserError
+from skyjax.evals.baselines import Extractor
+from skyjax.evals.datasets import LabelledSet
+from skyjax.evals.progress import track
+from skyjax.models import skysense
+from skyjax.sample import Sample
+
+FUSED = "fused"
+BATCH_SIZE = 64
+
+
+class Encoder(Protocol):
+    """What a probe needs of a model: `skyjax.load(...)` is one."""
+
+    config: Any
+
+    def encode(self, samples: list[Sample]) -> dict[str, Any]:
+        """The encoder's output as numpy (models/skysense.py)."""
+
+
+def encoder_features(model: Encoder, *, kind: str = FUSED, batch_size: int = BATCH_SIZE) -> Extractor:
+    """Samples -> the encoder's features.
+
+    Args:
+      model: as `skyjax.load` returns it.
+      kind: "fused", or a modality of the model.
+      batch_size: samples encoded at a time; a smaller rest is filled up, so that one shape is compiled.
+
+    Raises:
+      UserError: the model has no such modality.
+    """
+    known = (FUSED, *model.config.model.modalities)
+    if kind not in known:
+        raise UserError(f"--modality={kind} is not in this checkpoint; it has {', '.join(known)}")
+
+    def extract(samples: Sequence[Sample]) -> Float[np.ndarray, "n d"]:
+        rows = []
+        for start in range(0, len(samples), batch_size):
+            batch = list(samples[start : start + batch_size])
+            output = model.encode(batch + [batch[-1]] * (batch_size - len(batch)))
+            rows.append(_pooled(output, kind)[: len(batch)])
+        return np.concatenate(rows)
+
+    return extract
+
+
+def _pooled(output: Mapping[str, Any], kind: str) -> Float[np.ndarray, "b d"]:
+    if kind == FUSED:
+        return np.asarray(output["pooled"], np.float32)
+    if kind not in output["encoder"]:
+        raise UserError(f"--modality={kind}: the data set has no {kind} images; it has {', '.join(output['encoder'])}")
+    features = np.asarray(output["encoder"][kind], np.float32)
+    valid = np.asarray(output["encoder_valid"][kind], np.float32)
+    total = np.einsum("bthwd,bthw->bd", features, valid)
+    return total / np.maximum(valid.sum((1, 2, 3)), 1)[:, None]
+
+
+def extract_all(
+    dataset: LabelledSet, which: Int[np.ndarray, "n"], extractors: Mapping[str, Extractor], *, title: str
+) -> tuple[dict[str, Float[np.ndarray, "n d"]], dict[str, float]]:
+    """The features of each extractor, and the seconds that each took."""
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
+    seconds = dict.fromkeys(extractors, 0.0)
+    for samples in _batches(dataset, which, title):
+        for name, extract in extractors.items():
+            start = time.perf_counter()
+            rows[name].append(extract(samples))
+            seconds[name] += time.perf_counter() - start
+    return {name: np.concatenate(every) for name, every in rows.items()}, seconds
+
+
+def _batches(dataset: LabelledSet, which: Int[np.ndarray, "n"], title: str) -> Iterator[list[Sample]]:
+    batch: list[Sample] = []
+    for i in track(which.tolist(), len(which), title):
+        batch.append(dataset.read(i))
+        if len(batch) == BATCH_SIZE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def untrained(model: Any, seed: int) -> Any:
+    """The same model with fresh parameters: what its architecture knows before any training."""
+    return dataclasses.replace(model, params=skysense.init(model.config.model, jax.random.key(seed)))
