@@ -197,7 +197,7 @@ def make_views(sample: Sample, plan: Plan, seed: int, index: int) -> dict[str, A
     present = {m: sequence for m, sequence in present.items() if sequence.valid.any()}
     for m, sequence in present.items():
         _check(sample, m, sequence, plan.modalities[m])
-    ground = _shared_ground(sample, present)
+    ground = shared_ground(sample, present)
     crops = _draw_crops(rng, plan, present, ground)
     dates = {
         m: np.sort(rng.permutation(np.flatnonzero(sequence.valid))[: plan.groups["global"].dates[m]])
@@ -230,7 +230,7 @@ def _check(sample: Sample, modality: str, sequence: Stored, wanted: Modality) ->
         )
 
 
-def _shared_ground(sample: Sample, present: Mapping[str, Stored]) -> Float[np.ndarray, "4"]:
+def shared_ground(sample: Sample, present: Mapping[str, Stored]) -> Float[np.ndarray, "4"]:
     """Top, left, bottom, right in metres of what all sequences cover; the unit square when there is none."""
     if not present:
         return np.array([1.0, 0.0, 0.0, 1.0])
@@ -278,7 +278,7 @@ def _sides(
 
 def _pixels(sequence: Stored, ground: Float[np.ndarray, "4"], axis: int) -> tuple[float, float]:
     """Where the first whole pixel inside the ground starts and how wide a pixel is, in the unit square."""
-    start, length = _window(sequence, ground, 0.0, 1.0, axis)
+    start, length = window(sequence, ground, 0.0, 1.0, axis)
     return (np.ceil(start - _ROUNDING) - start) / length, 1 / length
 
 
@@ -303,7 +303,7 @@ def _start(
     return offset + pitch * int(rng.integers(first, max(last, first) + 1))
 
 
-def _window(
+def window(
     sequence: Stored, ground: Float[np.ndarray, "4"], start: float, stop: float, axis: int
 ) -> tuple[float, float]:
     """Start and length, in a sequence's pixels, of an interval of the unit square along rows (0) or columns (1)."""
@@ -343,8 +343,8 @@ def _images(
     for view, crop in enumerate(crops):
         chosen = np.sort(rng.permutation(dates)[:slots]) if len(dates) > slots else dates
         n = len(chosen)
-        rows = Axis(*_window(sequence, ground, crop.top, crop.bottom, 0), size)
-        columns = Axis(*_window(sequence, ground, crop.left, crop.right, 1), size)
+        rows = Axis(*window(sequence, ground, crop.top, crop.bottom, 0), size)
+        columns = Axis(*window(sequence, ground, crop.left, crop.right, 1), size)
         values, clear = cut(sequence.values, sequence.clear, chosen, rows, columns)
         images["values"][view, :n, :, :, slot] = np.moveaxis(crop.turn(values)[..., source], -1, 0)
         images["clear"][view, :n] = crop.turn(clear)
