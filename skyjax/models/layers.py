@@ -108,10 +108,10 @@ def token(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer norm over the last axis, computed in float32 and returned in the input's type."""
+    """Layer norm over the last axis, computed in float32 (the type of its parameters) and returned in the input's."""
 
     def __init__(self, width: int, epsilon: float, rngs: nnx.Rngs):
-        super().__init__(width, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, rngs=rngs)
+        super().__init__(width, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*b d"], *, mask: Array | None = None) -> Float[Array, "*b d"]:
         """`x` with mean 0 and variance 1 a row, then scaled and shifted."""
@@ -168,11 +168,12 @@ def attend(
       bias: added to the scores.
       mask: True where a query may see a key; broadcasts to (*b, a, q, k). Each query must see one key at least.
     """
-    scores = jnp.einsum("...qad,...kad->...aqk", query, key, preferred_element_type=jnp.float32) * scale
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("...qad,...kad->...aqk", query, key, preferred_element_type=wide) * scale
     if bias is not None:
         scores = scores + bias
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+        scores = jnp.where(mask, scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     return jnp.einsum("...aqk,...kad->...qad", weights, value)
 

@@ -57,7 +57,6 @@ class SwinV2(nnx.Module):
             raise ValueError(f"depths {tuple(depths)}: a stage is made of pairs of blocks, so each depth must be even")
         self.patch_embed = PatchEmbed(patch_size, channels, width, compute.dtype, rngs)
         self.patch_norm = LayerNorm(width, EPSILON, rngs)
-        self.num_stages = len(depths)
         for i, length in enumerate(depths):
             stage = Stage(width * 2**i, length, heads[i], window, extra_norm_every, i > 0, compute, rngs)
             setattr(self, f"stage{i}", stage)
@@ -110,7 +109,7 @@ class Stage(nnx.Module):
     ):
         self.downsample = PatchMerging(width, compute.dtype, rngs) if downsample else None
         self.pairs = stack(lambda r: Pair(width, heads, window, compute.dtype, r), length // 2, rngs)
-        count = length // extra_norm_every
+        count = length // extra_norm_every if extra_norm_every else 0  # 0: no extra norms
         self.extra_norms = stack(lambda r: LayerNorm(width, EPSILON, r), count, rngs) if count else None
         self.extra_norm_every = extra_norm_every
         self.window = window
@@ -244,7 +243,7 @@ class WindowAttention(nnx.Module):
 
 def _unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
     """Unit vectors; the zero vector stays, with a finite gradient."""
-    wide = x.astype(jnp.float32)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     squares = jnp.sum(wide**2, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(jnp.maximum(squares, 1e-24))).astype(x.dtype)
 

@@ -1,0 +1,95 @@
+import datetime
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
+
+from skyjax.models.fusion import Fusion, day_of_year
+from skyjax.models.layers import Compute
+
+EPOCH = datetime.date(1970, 1, 1)
+
+
+def test_day_of_year_agrees_with_the_calendar():
+    start, end = datetime.date(1890, 1, 1), datetime.date(2101, 1, 1)  # 1900 and 2100 are no leap years, 2000 is
+    dates = [start + datetime.timedelta(n) for n in range((end - start).days)]
+    days = jnp.asarray([(date - EPOCH).days for date in dates], jnp.int32)
+    got = jax.jit(day_of_year)(days)
+    assert got.dtype == jnp.int32
+    assert_array_equal(got, [date.timetuple().tm_yday - 1 for date in dates])
+
+
+@pytest.fixture(scope="module")
+def fusion():
+    model = Fusion(spatial_width=6, width=8, depth=2, heads=2, compute=Compute(), rngs=nnx.Rngs(0))
+    model.dates[...] = model.dates[...] * 50  # so that a wrong date shows
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda *inputs: nnx.merge(graph, state)(*inputs))
+    return model, run
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, 5, 3, 2, 6)).astype(np.float32)
+    days = rng.integers(10_000, 20_000, (2, 5)).astype(np.int32)
+    valid = rng.random((2, 5, 3, 2)) < 0.6
+    valid[0, :, 0, 0] = False
+    valid[1, 2] = True
+    return features, days, valid
+
+
+def test_padding_changes_nothing(fusion, inputs):
+    features, days, valid = inputs
+    pad = np.random.default_rng(1).normal(size=(2, 3, 3, 2, 6)).astype(np.float32) * 1e3
+    got = fusion[1](
+        np.concatenate([pad, features], 1),
+        np.concatenate([np.full((2, 3), 7, np.int32), days], 1),
+        np.concatenate([np.zeros((2, 3, 3, 2), bool), valid], 1),
+    )
+    assert_allclose(got, fusion[1](*inputs), atol=1e-5)
+
+
+def test_what_is_masked_is_not_looked_at(fusion, inputs):
+    features, days, valid = inputs
+    other = np.where(valid[..., None], features, 99)
+    assert_allclose(fusion[1](other, days, valid), fusion[1](*inputs), atol=1e-5)
+    assert np.abs(fusion[1](features, days, np.ones_like(valid)) - fusion[1](*inputs)).max() > 1e-3
+
+
+def test_order_of_dates_does_not_matter_but_dates_do(fusion, inputs):
+    order = [3, 0, 4, 1, 2]
+    want = fusion[1](*inputs)
+    features, days, valid = inputs
+    assert_allclose(fusion[1](features[:, order], days[:, order], valid[:, order]), want, atol=1e-5)
+    assert np.abs(fusion[1](features, days[:, order], valid) - want).max() > 1e-3
+
+
+def test_dates_are_added_before_the_projection(fusion, inputs):
+    model, run = fusion
+    features, days, valid = inputs
+    table = np.asarray(model.dates[...])
+    year_days = [[(EPOCH + datetime.timedelta(int(day))).timetuple().tm_yday - 1 for day in row] for row in days]
+    shifted = features + table[np.asarray(year_days)][:, :, None, None]
+    dateless = nnx.clone(model)
+    dateless.dates[...] = jnp.zeros((366, 6))
+    assert_allclose(dateless(shifted, jnp.asarray(days), jnp.asarray(valid)), run(*inputs), atol=1e-5)
+
+
+def test_places_do_not_see_each_other(fusion, inputs):
+    features, days, valid = inputs
+    other = features.copy()
+    other[:, :, 1] += 1
+    changed = np.abs(fusion[1](other, days, valid) - fusion[1](*inputs)).max(-1) > 1e-6
+    assert not changed[:, [0, 2]].any()
+    assert changed[1, 1].all()
+
+
+def test_a_place_without_any_date_is_finite(fusion, inputs):
+    features, days, valid = inputs
+    got = fusion[1](features, days, np.zeros_like(valid))
+    assert np.isfinite(got).all()
+    assert_allclose(got, np.broadcast_to(got[0, 0, 0], got.shape), atol=1e-6)

@@ -1,0 +1,293 @@
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from skyjax.config import load_config
+from skyjax.models import skysense
+from skyjax.models.parameters import table
+
+CONFIG = load_config(pathlib.Path(__file__).parents[2] / "configs" / "pretrain_sample.py")
+SIZES = {"optical": (1, 16), "multispectral": (3, 6), "sar": (2, 6)}  # dates, pixels
+
+
+def tiny(**changes):
+    """The sample config with its three encoders at their smallest."""
+    config = ml_collections.ConfigDict(CONFIG.model.to_dict())
+    config.modalities.optical.update({"width": 8, "depths": (2, 2), "heads": (1, 2), "window": 2})
+    for m, bands in (("multispectral", ("B02", "B03", "B04")), ("sar", ("VV", "VH"))):
+        config.modalities[m].update({"width": 8, "depth": 1, "heads": 2, "bands": bands})
+    config.update({"spatial_width": 16, "drop_path": 0.2})
+    config.fusion.update({"width": 16, "depth": 2, "heads": 2})
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def random_images(batch=2, sizes=SIZES, seed=0):
+    rng = np.random.default_rng(seed)
+    images = {}
+    for m, (dates, pixels) in sizes.items():
+        bands = len(tiny().modalities[m].bands)
+        images[m] = {
+            "values": rng.normal(size=(batch, dates, pixels, pixels, bands)).astype(np.float32),
+            "days": rng.integers(15_000, 20_000, (batch, dates)).astype(np.int32),
+            "valid": np.ones((batch, dates), bool),
+            "clear": np.ones((batch, dates, pixels, pixels), bool),
+            "bands": np.ones((batch, bands), bool),
+        }
+    return images
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny()
+    params = jax.jit(lambda key: skysense.init(config, key))(jax.random.key(0))
+    return config, params, jax.jit(lambda images: skysense.apply(config, params, images))
+
+
+def changed(images, modality, **arrays):
+    return images | {modality: images[modality] | arrays}
+
+
+def test_output_is_as_agreed(model):
+    _, _, run = model
+    got = run(random_images())
+    assert jax.tree.map(lambda x: (x.shape, x.dtype.name), got) == {
+        "encoder": {
+            "optical": ((2, 1, 2, 2, 16), "float32"),
+            "multispectral": ((2, 3, 3, 3, 8), "float32"),
+            "sar": ((2, 2, 3, 3, 8), "float32"),
+        },
+        "encoder_valid": {
+            "optical": ((2, 1, 2, 2), "bool"),
+            "multispectral": ((2, 3, 3, 3), "bool"),
+            "sar": ((2, 2, 3, 3), "bool"),
+        },
+        "spatial": {m: ((2, dates, 6, 6, 16), "float32") for m, (dates, _) in SIZES.items()},
+        "spatial_valid": {m: ((2, dates, 6, 6), "bool") for m, (dates, _) in SIZES.items()},
+        "fused": ((2, 6, 6, 16), "float32"),
+        "fused_valid": ((2, 6, 6), "bool"),
+        "context": None,
+        "pooled": ((2, 16), "float32"),
+        "days": {m: ((2, dates), "int32") for m, (dates, _) in SIZES.items()},
+    }
+    assert all(valid.all() for valid in jax.tree.leaves([got["spatial_valid"], got["fused_valid"]]))
+    assert_allclose(got["pooled"], np.asarray(got["fused"]).mean((1, 2)), atol=1e-6)
+
+
+def test_every_parameter_has_one_rule_of_each_list(model):
+    rows = table(model[1]).rows
+    for rules in (CONFIG.optimizer.learning_rate_multipliers, CONFIG.optimizer.weight_decay_multipliers):
+        for row in rows:
+            assert sum(bool(re.fullmatch(rule, f"encoder/{row.path}")) for rule, _ in rules) == 1, row.path
+    assert table(model[1]).parts.keys() == {"optical", "multispectral", "sar", "up_heads", "fusion"}
+
+
+def test_parameters_are_born_from_shapes_alone(model):
+    config, params, _ = model
+    abstract = jax.eval_shape(lambda key: skysense.init(config, key), jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert {x.dtype.name for x in jax.tree.leaves(params)} == {"float32"}
+    other = skysense.init(config, jax.random.key(1))
+    assert np.abs(other["fusion"]["dates"] - params["fusion"]["dates"]).max() > 0.01
+
+
+def test_a_date_that_is_not_there_changes_nothing_else(model):
+    _, _, run = model
+    images = random_images()
+    short = jax.tree.map(lambda x: x, images)
+    short["sar"] = {name: x if name == "bands" else x[:, :1] for name, x in images["sar"].items()}
+    valid = np.array([[True, False]] * 2)
+    got, want = run(changed(images, "sar", valid=valid)), run(short)
+    assert_allclose(got["fused"], want["fused"], atol=1e-5)
+    assert_allclose(got["spatial"]["sar"][:, :1], want["spatial"]["sar"], atol=1e-5)
+    assert not got["spatial_valid"]["sar"][:, 1].any()
+
+
+def test_an_absent_modality_and_a_masked_one_are_the_same(model):
+    _, _, run = model
+    images = random_images()
+    masked = changed(images, "sar", valid=np.zeros((2, 2), bool))
+    without_bands = changed(images, "sar", bands=np.zeros((2, 2), bool))
+    absent = {m: images[m] for m in ("optical", "multispectral")}
+    want = run(absent)
+    assert "sar" not in want["spatial"]
+    for other in (masked, without_bands):
+        assert_allclose(run(other)["fused"], want["fused"], atol=1e-5)
+
+
+def test_what_lies_under_a_mask_is_never_read(model):
+    _, _, run = model
+    images = random_images()
+    clear = np.random.default_rng(1).random((2, 3, 6, 6)) < 0.7
+    bands = np.array([[True, False, True], [True, True, True]])
+    masked = changed(images, "multispectral", clear=clear, bands=bands)
+    values = images["multispectral"]["values"].copy()
+    values[~clear] = np.nan
+    values[0, ..., 1] = np.inf
+    got, want = run(changed(masked, "multispectral", values=values)), run(masked)
+    jax.tree.map(assert_array_equal, got, want)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+def test_masks_go_from_pixels_to_tokens_to_the_grid(model):
+    _, _, run = model
+    clear = np.ones((2, 3, 6, 6), bool)
+    clear[0, 0, 0, 0] = False  # one of four pixels of a token
+    clear[0, 1, 0, :2] = False  # two of four: still valid
+    clear[0, 2, :2, 0] = False
+    clear[0, 2, 0, 1] = False  # three of four: its clear pixel has no token
+    optical = np.ones((2, 1, 16, 16), bool)
+    optical[1, :, :8, :8] = False  # one of 2 x 2 cells
+    images = changed(changed(random_images(), "multispectral", clear=clear), "optical", clear=optical)
+    images = changed(images, "sar", valid=np.zeros((2, 2), bool))
+    got = run(images)
+    encoder = np.ones((3, 3, 3), bool)
+    encoder[2, 0, 0] = False
+    assert_array_equal(got["encoder_valid"]["multispectral"][0], encoder)
+    cells = clear[0].copy()
+    cells[2, :2, :2] = False
+    assert_array_equal(got["spatial_valid"]["multispectral"][0], cells)
+    assert_array_equal(got["encoder_valid"]["optical"][1, 0], [[False, True], [True, True]])
+    near = np.asarray(got["spatial_valid"]["optical"][1, 0])
+    assert not near[:2, :2].any()
+    assert near[3:].all()
+    assert near[:, 3:].all()
+    one_date = {"values", "days", "valid", "clear"}
+    alone = {"multispectral": {n: x[:, 2:] if n in one_date else x for n, x in images["multispectral"].items()}}
+    got = run(alone)
+    assert_array_equal(got["fused_valid"][0], cells[2])
+    weights = cells[2] / cells[2].sum()
+    assert_allclose(got["pooled"][0], np.einsum("hwd,hw->d", got["fused"][0], weights), atol=1e-6)
+
+
+def test_nothing_valid_is_finite_and_marked(model):
+    _, _, run = model
+    images = {m: x | {"valid": np.zeros_like(x["valid"])} for m, x in random_images().items()}
+    got = run(images)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    assert not any(x.any() for x in jax.tree.leaves([got["encoder_valid"], got["spatial_valid"], got["fused_valid"]]))
+    assert_array_equal(got["pooled"], 0)
+
+
+def test_gradients_are_finite_where_nothing_is_valid(model):
+    config, params, _ = model
+    images = {m: x | {"valid": np.zeros_like(x["valid"])} for m, x in random_images().items()}
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        got = skysense.apply(config, params, images, key=jax.random.key(0))
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves([got["spatial"], got["fused"], got["pooled"]]))
+
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient(params)))
+
+
+def test_the_common_grid(model):
+    config, params, run = model
+    images = random_images(sizes={"optical": (1, 24), "sar": (2, 5)})
+    assert run(images)["fused"].shape == (2, 3, 3, 16)  # optical cells of 8 pixels
+    assert run({"sar": images["sar"]})["fused"].shape == (2, 5, 5, 16)  # cut from 3 tokens of 2 x 2 cells
+    shapes = jax.eval_shape(lambda: skysense.apply(config, params, images, grid=(4, 7)))
+    assert shapes["fused"].shape == (2, 4, 7, 16)
+    alone = run({"optical": images["optical"]})
+    assert_array_equal(alone["spatial"]["optical"], alone["encoder"]["optical"])
+
+
+def test_a_site_of_three_cells_and_a_half_keeps_its_places(model):
+    """28 pixels are 3.5 cells of 8; the fourth cell reaches over the edge, and must not shrink the site."""
+    _, _, run = model
+    images = random_images(sizes={"optical": (1, 28), "multispectral": (3, 7)})
+    got = run(images)
+    cells = np.asarray(got["encoder"]["optical"][:, 0])
+    spatial = np.asarray(got["spatial"]["optical"][:, 0])
+    assert spatial.shape == (2, 7, 7, 16)
+    # The centre of grid cell 2 is (2 + 1/2) / 7 of the site = 1.25 cells: a quarter of the way from cell 0 to cell 1.
+    want = 0.25 * cells[:, 0, 0] + 0.75 * cells[:, 1, 0]
+    want = 0.25 * want + 0.75 * (0.25 * cells[:, 0, 1] + 0.75 * cells[:, 1, 1])
+    assert_allclose(spatial[:, 2, 2], want, atol=1e-5)
+
+
+def test_unknown_modalities_are_passed_over(model):
+    config, params, run = model
+    images = random_images()
+    assert_array_equal(run(images | {"thermal": images["sar"]})["fused"], run(images)["fused"])
+    with pytest.raises(ValueError, match=r"images has \['thermal'\], none of the model's modalities optical"):
+        skysense.apply(config, params, {"thermal": images["sar"]})
+
+
+def test_optical_may_be_a_vit():
+    vit = CONFIG.model.modalities.sar.to_dict() | {
+        "bands": ("red", "green", "blue"), "width": 8, "depth": 1, "heads": 2, "patch_size": 8, "image_size": 16, "up_factor": 2,
+    }  # fmt: skip
+    config = tiny()
+    config.modalities = ml_collections.ConfigDict({"optical": vit})
+    images = random_images(sizes={"optical": (1, 16)})
+    shapes = jax.eval_shape(lambda key: skysense.apply(config, skysense.init(config, key), images), jax.random.key(0))
+    assert shapes["encoder"]["optical"].shape == (2, 1, 2, 2, 8)
+    assert shapes["spatial"]["optical"].shape == (2, 1, 4, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"spatial_width": 24}, r"modalities.optical: width 8 in 2 stages of depths ends at 16.*spatial_width is 24"),
+        ({"modalities.sar.up_factor": 3}, r"modalities.sar: up_factor 3 must divide patch_size 2"),
+        ({"modalities.sar.kind": "cnn"}, r'modalities.sar.kind is "cnn"'),
+        ({"modalities.lidar": {}}, r"model.modalities has \['lidar'"),
+    ],
+)
+def test_contradicting_configs_are_named(changes, message):
+    config = tiny()
+    with config.unlocked():
+        config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "modalities.lidar"})
+        if "modalities.lidar" in changes:
+            config.modalities.lidar = ml_collections.ConfigDict()
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda key: skysense.init(config, key), jax.random.key(0))
+
+
+def test_bfloat16_computes_near_float32(model):
+    _, params, run = model
+    config = tiny(dtype="bfloat16")
+    images = random_images()
+    got = jax.jit(lambda images: skysense.apply(config, params, images))(images)
+    assert got["fused"].dtype == got["spatial"]["optical"].dtype == jnp.bfloat16
+    assert got["pooled"].dtype == jnp.float32
+    want = run(images)
+    for name in ("fused", "pooled"):
+        difference = np.asarray(got[name], np.float32) - want[name]
+        assert np.abs(difference).max() < 0.05 * np.abs(want[name]).max()
+
+
+def test_features_of_the_untrained_net_tell_samples_apart(model):
+    _, _, run = model
+    got = run(random_images(batch=12))
+    features = {m: np.asarray(x).reshape(-1, 16) for m, x in got["spatial"].items()}
+    features |= {"fused": np.asarray(got["fused"]).reshape(-1, 16), "pooled": np.asarray(got["pooled"])}
+    for name, x in features.items():
+        values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+        shares = values / values.sum()
+        assert np.exp(-(shares * np.log(shares + 1e-12)).sum()) > 4, name  # effective rank
+
+
+def test_dates_of_a_sequence_are_encoded_one_by_one(model):
+    _, _, run = model
+    images = random_images()
+    want = run(images)["spatial"]["sar"]
+    order = {name: x if name == "bands" else x[:, ::-1] for name, x in images["sar"].items()}
+    assert_allclose(run(images | {"sar": order})["spatial"]["sar"], want[:, ::-1], atol=1e-5)
+
+
+def test_the_structure_is_made_once_a_config(model):
+    config, params, _ = model
+    images = random_images()
+    skysense._structure.cache_clear()
+    for _ in range(2):
+        jax.eval_shape(lambda: skysense.apply(config, params, images))
+    assert skysense._structure.cache_info().misses == 1
