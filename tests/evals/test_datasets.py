@@ -35,7 +35,8 @@ def fill_classes(folder, count=10, classes=COLOURS, suffix=".png", size=(8, 8)):
 def write_tiff(path, values):
     path.parent.mkdir(parents=True, exist_ok=True)
     h, w, c = values.shape
-    with rasterio.open(path, "w", driver="GTiff", height=h, width=w, count=c, dtype=values.dtype) as raster:
+    options = {"driver": "GTiff", "height": h, "width": w, "count": c, "transform": rasterio.Affine.scale(10, -10)}
+    with rasterio.open(path, "w", dtype=values.dtype, **options) as raster:
         raster.write(np.moveaxis(values, -1, 0))
 
 
@@ -360,3 +361,10 @@ def test_a_tfds_name_that_cannot_be_opened(tfds_folder):
         open_dataset("tfds:no_such_set")
     with pytest.raises(UserError, match=r"3 bands.*--sensor=KEY"):
         open_dataset(f"tfds:{tfds_folder}", sensor="sentinel1-grd")
+
+
+def test_an_image_without_a_measured_pixel_cannot_be_used(tmp_path):
+    fill_tiffs(tmp_path, 3, dtype=np.float32)
+    write_tiff(tmp_path / "Crop" / "void.tif", np.full((8, 8, 3), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"void.*no measured pixel"):
+        open_dataset(str(tmp_path), **S2_RGB)

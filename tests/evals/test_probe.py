@@ -139,7 +139,7 @@ def test_a_modality_is_the_mean_over_valid_places_and_batches_are_filled(folder)
     which = data.parts["test"][:21]
     (got,), _ = [
         list(part.values())
-        for part in extract_all(data, which, {"a": encoder_features(model, kind="optical", batch_size=8)}, title="")
+        for part in extract_all(data, which, {"a": encoder_features(model, kind="optical", batch_size=8)})
     ]
     assert model.batches == [8, 8, 8]
     for i, features in zip(which, got, strict=True):
