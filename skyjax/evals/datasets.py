@@ -274,7 +274,7 @@ class _Reader:
         facts: dict[int, _Facts] = {}
         bad: list[str] = []
         numbers = which.tolist()
-        # Each read silences this warning for itself, but the filters are the whole process's: threads undo each other's.
+        # Each read silences this warning for itself, but the filters are the process's: threads undo each other's.
         with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(max_workers=4) as threads:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             results = track(threads.map(self._look, numbers), len(numbers), "reading images")
@@ -296,8 +296,8 @@ class _Reader:
             sample = self._examples[i].read()
         except BadRecord as error:
             return error
-        if not sample.sequences:
-            return BadRecord(f"{self._examples[i].name} has no image")
+        if not any(sequence.valid.any() for sequence in sample.sequences.values()):
+            return BadRecord(f"{self._examples[i].name} has no measured pixel")
         digest = hashlib.blake2b(digest_size=16)
         sizes = {}
         for modality, sequence in sample.sequences.items():

@@ -28,7 +28,9 @@ BATCH_SIZE = 64
 class Encoder(Protocol):
     """What a probe needs of a model: `skyjax.load(...)` is one."""
 
-    config: Any
+    @property
+    def config(self) -> Any:
+        """Of the experiment."""
 
     def encode(self, samples: list[Sample]) -> dict[str, Any]:
         """The encoder's output as numpy (models/skysense.py)."""
@@ -72,12 +74,12 @@ def _pooled(output: Mapping[str, Any], kind: str) -> Float[np.ndarray, "b d"]:
 
 
 def extract_all(
-    dataset: LabelledSet, which: Int[np.ndarray, "n"], extractors: Mapping[str, Extractor], *, title: str
+    dataset: LabelledSet, which: Int[np.ndarray, "n"], extractors: Mapping[str, Extractor]
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], dict[str, float]]:
     """The features of each extractor, and the seconds that each took."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
     seconds = dict.fromkeys(extractors, 0.0)
-    for samples in _batches(dataset, which, title):
+    for samples in _batches(dataset, which):
         for name, extract in extractors.items():
             start = time.perf_counter()
             rows[name].append(extract(samples))
@@ -85,9 +87,9 @@ def extract_all(
     return {name: np.concatenate(every) for name, every in rows.items()}, seconds
 
 
-def _batches(dataset: LabelledSet, which: Int[np.ndarray, "n"], title: str) -> Iterator[list[Sample]]:
+def _batches(dataset: LabelledSet, which: Int[np.ndarray, "n"]) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
-    for i in track(which.tolist(), len(which), title):
+    for i in track(which.tolist(), len(which), "features"):
         batch.append(dataset.read(i))
         if len(batch) == BATCH_SIZE:
             yield batch

@@ -2,8 +2,8 @@
 
 AdamW (OlmoEarth, Galileo): batch normalisation without gain or bias, a linear layer, 50 epochs, 10 % warm-up, cosine
 to 1e-5, eight learning rates trained at once. The normalisation uses mean and variance of the whole training part,
-which is what the running statistics of batch normalisation tend to on frozen features. The weights that did best on validation
-are tested; they have not seen the validation part.
+which is what the running statistics of batch normalisation tend to on frozen features. The weights that did best on
+validation are tested; they have not seen the validation part.
 
 L-BFGS (torchgeo-bench): multinomial logistic regression for 40 values of C; the best C on validation is fitted again on
 training and validation together. Here the features are standardised first. torchgeo-bench does not do so, but then one

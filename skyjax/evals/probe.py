@@ -10,7 +10,7 @@ import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -86,14 +86,15 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
     """Probes a model beside its untrained twin and the baselines.
 
     Returns:
-      task, dataset, test_dataset, metric, classes, sizes (examples a part), rows (features, method, accuracy, low, high,
-      chosen, dimension, seconds), per_class (method -> class -> share right, of the model), confusion (truth x said,
-      of the method `confusion_of`; None with several labels), features (name -> dimension, seconds), settings, notes.
+      task, dataset, test_dataset, metric, classes, sizes (examples a part), rows (features, method, accuracy, low,
+      high, chosen, dimension, seconds), per_class (method -> class -> share right, of the model), confusion (truth x
+      said, of the method `confusion_of`; None with several labels), features (name -> dimension, seconds), settings,
+      notes.
       Shares and intervals are fractions of 1; `accuracy` is micro-F1 where `metric` says so.
     """
     task, seed = options.task, options.seed
     if task not in TASKS:
-        raise UserError(f'--task={task} is not known; tasks: {", ".join(TASKS)}')
+        raise UserError(f"--task={task} is not known; tasks: {', '.join(TASKS)}")
     examples = open_dataset(
         options.dataset,
         test_path=options.test_dataset,
@@ -104,6 +105,12 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         image_size=options.image_size,
         largest={m: LARGEST * side for m, side in model.config.data.global_views.size.items()},
     )
+    known = tuple(model.config.model.modalities)
+    if not set(known) & set(examples.sizes):
+        raise UserError(
+            f'"{options.dataset}" has {", ".join(examples.sizes)} images, but this checkpoint encodes'
+            f" {', '.join(known)}; say by --sensor what the images are, or take another checkpoint"
+        )
     features, seconds = _features(examples, _extractors(model, fresh, examples, options))
     several = examples.labels.ndim == 2
     result: dict[str, Any] = {
@@ -152,16 +159,13 @@ def _features(
     examples: LabelledSet, extractors: Mapping[str, Extractor]
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, float]]:
     """Features -> part -> (n, d), gaps filled by the training part's mean; and the seconds of each."""
-    features: dict[str, dict[str, np.ndarray]] = {name: {} for name in extractors}
-    seconds = dict.fromkeys(extractors, 0.0)
-    for part, which in examples.parts.items():
-        found, took = extract_all(examples, which, extractors, title=f"features of {part}")
-        for name in extractors:
-            features[name][part] = found[name]
-            seconds[name] += took[name]
-    for parts in features.values():
+    found, seconds = extract_all(examples, np.concatenate(list(examples.parts.values())), extractors)
+    ends = np.cumsum([len(part) for part in examples.parts.values()])[:-1]
+    features = {}
+    for name, rows in found.items():
+        parts = dict(zip(examples.parts, np.split(rows, ends), strict=True))
         mean = finite_mean(parts["train"])
-        parts |= {part: fill(values, mean) for part, values in parts.items()}
+        features[name] = {part: fill(values, mean) for part, values in parts.items()}
     return features, seconds
 
 
@@ -273,13 +277,13 @@ def print_table(result: Mapping[str, Any], console: rich.console.Console | None 
     table = rich.table.Table(
         title=f"{result['task']} on {result['dataset']}: {result['metric']} in %, 95 % interval", title_justify="left"
     )
-    table.add_column("features")
+    table.add_column("features", no_wrap=True)
     table.add_column("dim", justify="right")
     for method in methods:
         table.add_column(method, justify="right")
     for name, about in result["features"].items():
         cells = [
-            f"{100 * row['accuracy']:.1f}  ({100 * row['low']:.1f} to {100 * row['high']:.1f})"
+            f"{100 * row['accuracy']:.1f} ({100 * row['low']:.1f}–{100 * row['high']:.1f})"
             for row in result["rows"]
             if row["features"] == name
         ]
