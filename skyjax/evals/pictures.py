@@ -24,6 +24,9 @@ MASKED = np.array([150, 150, 150], np.uint8)
 UNCLEAR = np.array([226, 54, 84], np.uint8)
 SCANNED = 48  # records of a data set that are read to find samples of each source
 COMPONENTS = 3
+FUSED_DATES = 4  # of each modality
+FEW_PIXELS = 16  # a side; smaller sites make poor pictures
+REFUSED = 8  # sites that the model may refuse before a picture is given up
 
 Image = UInt8[np.ndarray, "h w 3"]
 Encode = Callable[[Sample], Mapping[str, Any]]
@@ -121,27 +124,23 @@ def feature_pictures(
 ) -> list[FeaturePictures]:
     """For each modality and the fused features: a few sites, their images beside their features in colour.
 
+    A modality is encoded alone, at its clearest date, so that its features lie on its own grid and each shape of image
+    is compiled for once. Fused features are those of all modalities, at most FUSED_DATES dates each.
+
     Args:
       encode: `Pretrained.encode`: a sample to its outputs with a leading axis of 1.
-      samples: source -> samples to choose from; sites come from as many sources as there are, clear dates first.
-      sites: at most, for each modality.
+      samples: source -> samples to choose from; those that the model refuses are passed over.
+      sites: at most, for each modality, from as many sources as there are.
       side: about how many pixels wide each picture is.
     """
     mixed = _one_source_after_the_other(samples)
-    outputs: dict[int, Mapping[str, Any] | None] = {}
     groups = []
-    for modality in (*MODALITIES, "fused"):
-        chosen = _choose(mixed, modality, sites)
-        found = []
-        for sample in chosen:
-            if id(sample) not in outputs:
-                outputs[id(sample)] = _encoded(encode, sample)
-            output = outputs[id(sample)]
-            place = _features(output, sample, modality) if output else None
-            found += [(sample, *place)] if place else []
-        if found:
-            groups.append(_paint(modality, found, side))
-    return groups
+    for modality in MODALITIES:
+        excerpts = [_excerpt(sample, (modality,), dates=1) for sample in _clear_first(mixed, modality)]
+        groups.append(_group(modality, encode, excerpts, sites, side))
+    excerpts = [_excerpt(sample, MODALITIES, dates=FUSED_DATES) for sample in _most_to_fuse_first(mixed)]
+    groups.append(_group("fused", encode, excerpts, sites, side))
+    return [group for group in groups if group is not None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,73 +226,92 @@ def _one_source_after_the_other(samples: Mapping[str, ListOf[Sample]]) -> list[S
     return [found[index] for index in range(longest) for found in samples.values() if index < len(found)]
 
 
-def _choose(samples: ListOf[Sample], modality: str, sites: int) -> list[Sample]:
-    """Sites that have the modality, clear dates first; for the fused features those with most modalities."""
-    if modality == "fused":
-        return sorted(samples, key=lambda sample: -sum(bool(s.valid.any()) for s in sample.sequences.values()))[:sites]
-    having = [s for s in samples if modality in s.sequences and s.sequences[modality].valid.any()]
-    return sorted(having, key=lambda sample: _clearest(sample.sequences[modality])[1] < 0.95)[:sites]
+def _clear_first(samples: ListOf[Sample], modality: str) -> list[Sample]:
+    """Those that have the modality: first those that show something, by a date without clouds and enough pixels."""
+
+    def hidden(sample: Sample) -> bool:
+        sequence = sample.sequences[modality]
+        return bool(_clear_shares(sequence).max() < 0.95) or min(sequence.values.shape[1:3]) < FEW_PIXELS
+
+    return sorted((s for s in samples if modality in s.sequences and s.sequences[modality].valid.any()), key=hidden)
 
 
-def _clearest(sequence: Sequence, days: np.ndarray | None = None) -> tuple[int, float]:
-    """The date with the greatest clear share, among `days` where given (the middle one of several), and the share."""
-    usable = sequence.valid if days is None else sequence.valid & np.isin(sequence.days, days)
-    share = np.where(usable, sequence.clear.mean((1, 2)), -1.0)
-    best = np.flatnonzero(share == share.max())
-    return int(best[len(best) // 2]), float(share.max())
+def _most_to_fuse_first(samples: ListOf[Sample]) -> list[Sample]:
+    """The sample with most modalities and dates, then the others, those of several modalities and many pixels first."""
+
+    def amount(sample: Sample) -> tuple[int, int]:
+        dates = [min(int(sequence.valid.sum()), FUSED_DATES) for sequence in sample.sequences.values()]
+        return sum(count > 0 for count in dates), sum(dates)
+
+    def plain(sample: Sample) -> tuple[bool, bool]:
+        coarsest = min((min(s.values.shape[1:3]) for s in sample.sequences.values()), default=0)
+        return amount(sample)[0] < 2, coarsest < FEW_PIXELS
+
+    most = sorted(samples, key=amount, reverse=True)
+    return most[:1] + sorted((sample for sample in samples if sample is not most[0]), key=plain)
 
 
-def _encoded(encode: Encode, sample: Sample) -> Mapping[str, Any] | None:
-    try:
-        return encode(sample)
-    except UserError:
-        return None  # such as a sensor that the model does not name; the other sites are still worth a look
+def _clear_shares(sequence: Sequence) -> Float[np.ndarray, "t"]:
+    """The share of clear pixels of each date; -1 where there is no date."""
+    return np.where(sequence.valid, sequence.clear.mean((1, 2)), -1.0)
 
 
-def _features(
-    output: Mapping[str, Any], sample: Sample, modality: str
-) -> tuple[np.ndarray, np.ndarray, dict[str, int]] | None:
-    """Features (h, w, d), where they are valid, and the date of each sequence to show; None where all is masked."""
-    dates = {}
-    for name, sequence in sample.sequences.items():
-        if name in output["days"]:
-            date, share = _clearest(sequence, np.asarray(output["days"][name])[0])
-            dates.update({name: date} if share >= 0 else {})
-    if modality == "fused":
-        features, valid = output["fused"][0], output["fused_valid"][0]
-    elif modality in dates:
-        day = sample.sequences[modality].days[dates[modality]]
-        slot = int(np.flatnonzero(np.asarray(output["days"][modality])[0] == day)[0])
-        features, valid = output["spatial"][modality][0, slot], output["spatial_valid"][modality][0, slot]
-        dates = {modality: dates[modality]}
-    else:
+def _excerpt(sample: Sample, modalities: Iterable[str], *, dates: int) -> Sample:
+    """The sample with some modalities, and of each the clearest dates, in order."""
+    sequences = {}
+    for modality in modalities:
+        sequence = sample.sequences.get(modality)
+        if sequence is not None and sequence.valid.any():
+            shares = _clear_shares(sequence)
+            best = np.sort(np.argsort(-shares, kind="stable")[: min(dates, int(sequence.valid.sum()))])
+            parts = {name: getattr(sequence, name)[best] for name in ("values", "days", "valid", "clear")}
+            sequences[modality] = dataclasses.replace(sequence, **parts)
+    return dataclasses.replace(sample, sequences=sequences)
+
+
+def _group(title: str, encode: Encode, samples: ListOf[Sample], sites: int, side: int) -> FeaturePictures | None:
+    """The first of the samples that the model can encode, in the colours of components that they share."""
+    found = []
+    for sample in samples[: sites + REFUSED]:
+        try:
+            output = encode(sample)
+        except UserError:
+            continue  # such as a sensor that the model does not name; other sites are still worth a look
+        features, valid = (
+            (output["fused"][0], output["fused_valid"][0])
+            if title == "fused"
+            else (output["spatial"][title][0, 0], output["spatial_valid"][title][0, 0])
+        )
+        if valid.any():
+            found.append((sample, np.asarray(features, np.float64), np.asarray(valid)))
+        if len(found) == sites:
+            break
+    if not found:
         return None
-    features, valid = np.asarray(features, np.float64), np.asarray(valid)
-    return (features, valid, dates) if valid.any() else None
+    components = principal_components(np.concatenate([features[valid] for _, features, valid in found]))
+    pictures = tuple(
+        SitePicture(
+            f"{sample.source} {sample.id}".strip(),
+            tuple(_image(modality, sequence, sample, side) for modality, sequence in sample.sequences.items()),
+            fit(components.colours(features, valid), side, grid=True),
+            features.shape[:2],
+        )
+        for sample, features, valid in found
+    )
+    return FeaturePictures(title, pictures, tuple(components.shares.tolist()))
 
 
-def _paint(
-    modality: str, found: ListOf[tuple[Sample, np.ndarray, np.ndarray, dict[str, int]]], side: int
-) -> FeaturePictures:
-    components = principal_components(np.concatenate([features[valid] for _, features, valid, _ in found]))
-    pictures = []
-    for sample, features, valid, dates in found:
-        images = []
-        for name, date in dates.items():
-            sequence = sample.sequences[name]
-            image = hatch(
-                fit(_on_site(contact_sheet.picture(sequence, date), sequence, sample), side),
-                fit(_on_site(sequence.clear[date], sequence, sample), side),
-            )
-            images.append((name, _day(sequence.days[date]), image))
-        colours = fit(components.colours(features, valid), side, grid=True)
-        pictures.append(SitePicture(f"{sample.source} {sample.id}".strip(), tuple(images), colours, features.shape[:2]))
-    return FeaturePictures(modality, tuple(pictures), tuple(components.shares.tolist()))
+def _image(modality: str, sequence: Sequence, sample: Sample, side: int) -> tuple[str, str, Image]:
+    """Modality, day and picture of a sequence's clearest date."""
+    date = int(_clear_shares(sequence).argmax())
+    image = fit(_on_site(contact_sheet.picture(sequence, date), sequence, sample), side)
+    clear = fit(_on_site(sequence.clear[date], sequence, sample), side)
+    return modality, _day(sequence.days[date]), hatch(image, clear)
 
 
 def _on_site(image: np.ndarray, sequence: Sequence, sample: Sample) -> np.ndarray:
     """The part of an image that lies on the ground that all sequences of the sample share: what the features cover."""
-    extents = np.stack([other.extent for other in sample.sequences.values() if other.valid.any()])
+    extents = np.stack([other.extent for other in sample.sequences.values()])
     top, bottom = extents[:, 0].min(), extents[:, 2].max()
     left, right = extents[:, 1].max(), extents[:, 3].min()
     height, width = image.shape[:2]

@@ -1,6 +1,6 @@
 """The report of a run: one HTML file that needs nothing else and no network.
 
-In: a run's directory: config.json, metrics.jsonl, run.json, probe.json, the records that its config names and its
+In: a run's directory: config.json, versions.json, metrics.jsonl, probe.json, the records that its config names and its
 newest checkpoint. What is missing is said in a sentence; nothing here stops a run.
 """
 
@@ -8,20 +8,24 @@ import dataclasses
 import datetime
 import json
 import logging
+import os
 import pathlib
+import platform
 import string
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
+import jax
 import numpy as np
-from skyjax.train.pretrained import Pretrained
 
 from skyjax.errors import UserError
 from skyjax.evals import curves, gallery, pictures, scores
 from skyjax.evals.charts import Mark, short
 from skyjax.evals.curves import Figure, Metrics
 from skyjax.sample import MODALITIES, Sample
+from skyjax.train.pretrained import Pretrained
 
 TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
 
@@ -33,7 +37,7 @@ class Run:
     workdir: pathlib.Path
     config: Mapping[str, Any]
     metrics: Metrics
-    facts: Mapping[str, Any]
+    versions: Mapping[str, str]
     probes: Sequence[Mapping[str, Any]]
 
     @property
@@ -60,7 +64,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         workdir,
         _read_object(workdir / "config.json"),
         curves.read_metrics(workdir / "metrics.jsonl"),
-        _read_object(workdir / "run.json"),
+        {name: str(version) for name, version in _read_object(workdir / "versions.json").items()},
         scores.read_probes(workdir / "probe.json"),
     )
     samples = _samples(run)
@@ -147,37 +151,31 @@ def _ends(metrics: Metrics) -> tuple[float | None, float | None]:
 
 
 def _facts(run: Run) -> dict[str, str]:
-    batch, last = run.config.get("batch_size"), _ends(run.metrics)[1]
-    seconds = _seconds(run)
-    speed = run.metrics.columns.get("samples_per_second")
-    rank = run.metrics.last("rank/fused")
-    written = datetime.datetime.now().astimezone()
-    facts = {
-        "Written": f"{written:%Y-%m-%d %H:%M}",
-        "Git revision": str(run.facts.get("revision") or "not recorded")[:12],
-        "Hardware": str(run.facts.get("hardware") or "not recorded"),
+    metrics, batch = run.metrics, run.config.get("batch_size")
+    seconds, rank, last = metrics.last("seconds"), metrics.last("rank/fused"), _ends(metrics)[1]
+    speed = metrics.columns.get("samples_per_second", np.full(1, np.nan))
+    revision, dirty, _ = run.versions.get("git", "not recorded").partition("-dirty")
+    log = run.workdir / "metrics.jsonl"
+    when = datetime.datetime.fromtimestamp(log.stat().st_mtime if log.is_file() else time.time()).astimezone()
+    return {
+        "Last step logged" if log.is_file() else "Written": f"{when:%Y-%m-%d %H:%M}",
+        "Git revision": revision[:12] + (", with local changes" if dirty else ""),
+        "Hardware": run.versions.get("hardware") or f"{_machine()} (where this page was made)",
         "Duration": "not recorded" if seconds is None else _duration(seconds),
         "Steps": f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""),
         "Samples seen": f"{run.step * batch:,}" if isinstance(batch, int) else "not recorded",
         "Final loss": "–" if last is None else short(last),
         "Effective rank, fused": "–" if rank is None else short(rank),
+        "Samples a second, median": short(float(np.nanmedian(speed))) if np.isfinite(speed).any() else "–",
     }
-    if speed is not None and (speed == speed).any():
-        facts["Samples a second"] = short(float(sorted(speed[speed == speed])[int((speed == speed).sum()) // 2]))
-    return facts
 
 
-def _seconds(run: Run) -> float | None:
-    """How long the run trained: as it recorded, else from its logged speeds."""
-    recorded = run.metrics.last("seconds") or run.facts.get("seconds")
-    if isinstance(recorded, int | float):
-        return float(recorded)
-    speed, batch = run.metrics.columns.get("samples_per_second"), run.config.get("batch_size")
-    if speed is None or not isinstance(batch, int):
-        return None
-    known = speed > 0
-    took = np.diff(run.metrics.steps, prepend=0.0)[known] * batch / speed[known]
-    return float(took.sum()) if known.any() else None
+def _machine() -> str:
+    """What this process computes on."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{len(devices)} × {devices[0].device_kind}"
 
 
 def _duration(seconds: float) -> str:
@@ -324,9 +322,8 @@ def _config(run: Run) -> str:
     parts = []
     for name, group in groups.items():
         lines = list(_flat(group))
-        table = "".join(f"<tr><th scope=row>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in lines)
-        count = f'<span class="quiet">{len(lines)} keys</span>'
-        parts.append(f"<details><summary>{escape(name)} {count}</summary><table>{table}</table></details>")
+        count = f'<span class="quiet">{len(lines)} {"key" if len(lines) == 1 else "keys"}</span>'
+        parts.append(f"<details><summary>{escape(name)} {count}</summary>{_pairs(lines)}</details>")
     return "".join(parts)
 
 
@@ -339,16 +336,20 @@ def _flat(group: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _reproduce(run: Run) -> str:
-    command = run.facts.get("command") or f"skyjax train --config=CONFIG.py --workdir={run.workdir.resolve().name}"
-    revision = run.facts.get("revision")
-    lines = ([f"git checkout {revision}"] if revision else []) + [str(command)]
-    versions = run.facts.get("versions")
+    name = run.workdir.resolve().name
+    command = run.versions.get("command") or f"skyjax train --config=configs/{name}.py --workdir={run.workdir}"
+    revision = run.versions.get("git", "").removesuffix("-dirty")
+    lines = [*([f"git checkout {revision}"] if revision else []), command]
     parts = [f"<pre>{escape(chr(10).join(lines))}</pre>"]
-    if isinstance(versions, Mapping) and versions:
-        rows = "".join(
-            f"<tr><th scope=row>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>" for k, v in versions.items()
-        )
-        parts.append(f"<details><summary>Versions</summary><table>{rows}</table></details>")
+    packages = {name: version for name, version in run.versions.items() if name not in ("git", "hardware", "command")}
+    if packages:
+        parts.append(f"<details><summary>Versions</summary>{_pairs(packages.items())}</details>")
     else:
         parts.append(_gone("The versions of the packages were not recorded."))
     return "".join(parts)
+
+
+def _pairs(lines: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values."""
+    rows = (f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in lines)
+    return f"<table>{''.join(rows)}</table>"

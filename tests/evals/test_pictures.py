@@ -44,18 +44,20 @@ def noise(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 3000, shape).astype(np.uint16)
 
 
-def encode(sample, *, size=4, width=6, drop=0):
-    """Features like those of a model: (1, t, h, w, d), the first `drop` dates of each sequence left out."""
+def encode(sample, *, size=4, width=6):
+    """Features like those of a model: (1, t, h, w, d)."""
     rng = np.random.default_rng(1)
-    output = {"spatial": {}, "spatial_valid": {}, "days": {}}
-    for modality, found in sample.sequences.items():
-        days = found.days[drop:]
-        output["spatial"][modality] = rng.normal(size=(1, len(days), size, size, width))
-        output["spatial_valid"][modality] = np.ones((1, len(days), size, size), bool)
-        output["days"][modality] = days[None]
-    output["fused"] = rng.normal(size=(1, size, size, width))
-    output["fused_valid"] = np.ones((1, size, size), bool)
-    return output
+    dates = {modality: len(found.days) for modality, found in sample.sequences.items()}
+    return {
+        "spatial": {modality: rng.normal(size=(1, t, size, size, width)) for modality, t in dates.items()},
+        "spatial_valid": {modality: np.ones((1, t, size, size), bool) for modality, t in dates.items()},
+        "fused": rng.normal(size=(1, size, size, width)),
+        "fused_valid": np.ones((1, size, size), bool),
+    }
+
+
+def groups_of(encode, *samples, **options):
+    return {group.title: group for group in feature_pictures(encode, {"source": samples}, **options)}
 
 
 def test_components_are_those_of_sklearn():
@@ -94,17 +96,35 @@ def test_few_places_and_few_channels_have_colours(count):
 def test_sites_of_a_modality_share_their_colours():
     vectors = np.random.default_rng(3).normal(size=(2, 2, 4))
     samples = [make_sample(multispectral=sequence(noise(1, 6, 6, 3, seed=s))) for s in range(2)]
+    calls = []
 
     def half_alike(sample):
         output = encode(sample, size=2, width=4)
         output["spatial"]["multispectral"][0, 0] = vectors
-        output["spatial"]["multispectral"][0, 0, 1] += 5 * (sample is samples[1])
+        output["spatial"]["multispectral"][0, 0, 1] += 5 * len(calls)
+        calls.append(sample)
         return output
 
-    groups = {group.title: group for group in feature_pictures(half_alike, {"source": samples}, side=2)}
-    first, second = groups["multispectral"].sites
+    first, second = groups_of(half_alike, *samples, side=2)["multispectral"].sites
     assert_array_equal(first.features[0], second.features[0])
     assert (first.features[1] != second.features[1]).any()
+
+
+def test_a_modality_is_encoded_alone_and_fused_features_together():
+    sample = make_sample(
+        optical=sequence(np.zeros((1, 40, 40, 3), np.uint8), "rgb", ("red", "green", "blue")),
+        multispectral=sequence(noise(9, 4, 4, 3)),
+    )
+    seen = []
+
+    def watched(sample):
+        seen.append({modality: len(found.days) for modality, found in sample.sequences.items()})
+        return encode(sample)
+
+    groups = groups_of(watched, sample)
+    assert list(groups) == ["optical", "multispectral", "fused"]
+    assert seen == [{"optical": 1}, {"multispectral": 1}, {"optical": 1, "multispectral": 4}]
+    assert [modality for modality, *_ in groups["fused"].sites[0].images] == ["optical", "multispectral"]
 
 
 def test_a_site_shows_the_ground_that_its_features_cover():
@@ -115,54 +135,64 @@ def test_a_site_shows_the_ground_that_its_features_cover():
         optical=sequence(aerial, "rgb", ("red", "green", "blue"), half=20.0),
         multispectral=sequence(noise(1, 4, 4, 3), half=10.0),
     )
-    groups = {group.title: group for group in feature_pictures(encode, {"source": [sample]}, side=20)}
-    ((modality, day, image),) = groups["optical"].sites[0].images
+    groups = groups_of(encode, sample, side=20)
+    ((modality, day, together), _) = groups["fused"].sites[0].images
     assert (modality, day) == ("optical", "2019-04-14")
-    assert_array_equal(image, 255)
-    assert [name for name, *_ in groups["fused"].sites[0].images] == ["optical", "multispectral"]
+    assert_array_equal(together, 255)
+    ((_, _, alone),) = groups["optical"].sites[0].images
+    assert 0.2 < (alone > 128).mean() < 0.3
 
 
-def test_the_clearest_date_that_the_model_saw_is_shown():
+def test_the_clearest_date_is_shown():
     clear = np.ones((4, 6, 6), bool)
-    clear[1:3] = [[[False] * 6] * 6, [[True] * 6] * 3 + [[False] * 6] * 3]
-    clear[3, 0] = False
-    sample = make_sample(multispectral=sequence(noise(4, 6, 6, 3), clear=clear))
+    clear[0, 0] = clear[1, :2] = clear[3] = False
+    found = sequence(noise(4, 6, 6, 3), clear=clear)
+    assert groups_of(encode, make_sample(multispectral=found))["multispectral"].sites[0].images[0][1] == "2019-04-16"
+    found.valid[2] = False
+    assert groups_of(encode, make_sample(multispectral=found))["multispectral"].sites[0].images[0][1] == "2019-04-14"
 
-    def dates(drop):
-        groups = feature_pictures(lambda s: encode(s, drop=drop), {"source": [sample]})
-        return groups[0].sites[0].images[0][1]
 
-    assert dates(0) == "2019-04-14"
-    assert dates(1) == "2019-04-17"
+def test_sites_that_show_something_come_first():
+    small = make_sample(multispectral=sequence(noise(1, 6, 6, 3)))
+    cloudy = make_sample(multispectral=sequence(noise(1, 20, 20, 3), clear=np.zeros((1, 20, 20), bool)))
+    good = make_sample(multispectral=sequence(noise(1, 20, 20, 3)))
+    seen = []
+
+    def watched(sample):
+        seen.append(sample.sequences["multispectral"])
+        return encode(sample)
+
+    groups_of(watched, small, cloudy, good, sites=1)
+    assert seen[0].values.shape == (1, 20, 20, 3)
+    assert seen[0].clear.all()
 
 
 def test_a_site_that_the_model_refuses_leaves_the_others():
-    samples = [make_sample(multispectral=sequence(noise(1, 6, 6, 3, seed=s))) for s in range(2)]
-    asked = []
+    samples = [make_sample(multispectral=sequence(noise(1, 6, 6, 3, seed=s))) for s in range(3)]
 
     def picky(sample):
-        asked.append(sample)
-        if sample is samples[0]:
+        if (sample.sequences["multispectral"].values == samples[0].sequences["multispectral"].values).all():
             raise BadRecord("its sensor is not known")
         return encode(sample)
 
-    groups = feature_pictures(picky, {"source": samples})
-    assert [len(group.sites) for group in groups] == [1, 1]
-    assert len(asked) == 2  # each once, though two groups show it
+    assert {title: len(group.sites) for title, group in groups_of(picky, *samples).items()} == {
+        "multispectral": 2,
+        "fused": 2,
+    }
 
 
 def test_a_masked_place_is_grey_and_a_masked_site_is_left_out():
-    sample = make_sample(multispectral=sequence(noise(1, 6, 6, 3)))
-
     def masked(sample):
         output = encode(sample)
         output["spatial_valid"]["multispectral"][0, 0, 0, 0] = False
         output["fused_valid"][:] = False
         return output
 
-    (group,) = feature_pictures(masked, {"source": [sample]}, side=4)
-    assert_array_equal(group.sites[0].features[0, 0], MASKED)
-    assert (group.sites[0].features[0, 1] != MASKED).any()
+    groups = groups_of(masked, make_sample(multispectral=sequence(noise(1, 6, 6, 3))), side=4)
+    assert list(groups) == ["multispectral"]
+    features = groups["multispectral"].sites[0].features
+    assert_array_equal(features[0, 0], MASKED)
+    assert (features[0, 1] != MASKED).any()
 
 
 def test_small_images_grow_by_whole_pixels_and_large_ones_shrink():

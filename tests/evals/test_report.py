@@ -95,12 +95,13 @@ def lines(steps=60):
             "samples_per_second": None if step == 5 else 40.0,
             "skipped": int(step >= 40),
             "teacher_momentum": 0.99,
+            "seconds": 61.0 * step,
         }
         for step in range(5, steps + 1, 5)
     ]
 
 
-def write_run(folder, config=None, metrics=(), probes=None, facts=None):
+def write_run(folder, config=None, metrics=(), probes=None, versions=None):
     folder.mkdir(exist_ok=True)
     if config is not None:
         (folder / "config.json").write_text(to_json(config))
@@ -108,8 +109,8 @@ def write_run(folder, config=None, metrics=(), probes=None, facts=None):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     if probes is not None:
         (folder / "probe.json").write_text(json.dumps(probes))
-    if facts is not None:
-        (folder / "run.json").write_text(json.dumps(facts))
+    if versions is not None:
+        (folder / "versions.json").write_text(json.dumps(versions))
     return folder
 
 
@@ -135,8 +136,8 @@ class Model:
 def page(tmp_path_factory, tiny_config):
     """A finished run's report."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    facts = {"revision": "0123456789abcdef", "hardware": "2 CPU cores", "versions": {"jax": "0.10.2"}}
-    write_run(folder, tiny_config(steps=60), lines(), PROBES, facts)
+    versions = {"git": "0123456789abcdef-dirty", "hardware": "2 CPU cores", "jax": "0.10.2"}
+    write_run(folder, tiny_config(steps=60), lines(), PROBES, versions)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "Pretrained", Model)
         return Page(write_report(folder))
@@ -201,7 +202,11 @@ def test_the_config_and_the_versions_are_there(page):
     assert ["batch_size", "4"] in page.rows
     assert ["pixel.tokens", "4"] in page.rows
     assert ["jax", "0.10.2"] in page.rows
-    assert "git checkout 0123456789abcdef" in "".join(page.text)
+    text = "".join(page.text)
+    assert "git checkout 0123456789abcdef\n" in text
+    assert "0123456789ab, with local changes" in text
+    assert "2 CPU cores" in text
+    assert "Duration1 h 1 min" in text
 
 
 @pytest.mark.parametrize("metrics", [[], lines(5), [{"step": 5}], [{"step": 5, "loss": None}]])
@@ -221,7 +226,7 @@ def test_broken_files_are_said_not_raised(tmp_path, tiny_config):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 65, "lo')
     (folder / "probe.json").write_text("[{")
-    (folder / "run.json").write_text("[]")
+    (folder / "versions.json").write_text("[]")
     text = "".join(Page(write_report(folder)).text)
     assert "The run finished all 60 steps" in text
     assert "No probe yet" in text
@@ -287,7 +292,7 @@ def test_hostile_names_are_text(tmp_path):
     ]
     metrics = [{"step": 1, "loss": 1.0, f"loss/{hostile}/{hostile}": 1.0, hostile: 2.0}]
     folder = write_run(
-        tmp_path / "<b>run&", metrics=metrics, probes=probes, facts={"command": hostile, "hardware": hostile}
+        tmp_path / "<b>run&", metrics=metrics, probes=probes, versions={"command": hostile, "hardware": hostile}
     )
     (folder / "config.json").write_text(json.dumps({hostile: {hostile: hostile}, "name": hostile}))
     page = Page(write_report(folder))
@@ -331,7 +336,8 @@ def test_the_verdict_needs_intervals_apart():
     assert scores.verdict(row(probe.PRETRAINED, 40, 36, 44), baseline) == "clearly worse than"
 
 
-def test_the_duration_is_the_time_that_the_logged_speeds_make(tmp_path, tiny_config):
-    # 55 steps of 4 samples at 40 a second; the first five were compiled and have no speed.
-    text = "".join(Page(write_report(write_run(tmp_path / "run", tiny_config(steps=60), lines()))).text)
-    assert "Duration5 s" in text or "Duration6 s" in text
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min"), (412, "6 min 52 s"), (3661, "1 h 1 min"), (90_000, "1 d 1 h")]
+)
+def test_durations_have_their_two_largest_units(seconds, text):
+    assert report._duration(seconds) == text
