@@ -36,7 +36,10 @@ class MetricsFiles:
         try:
             _drop_lines_beyond(self.path, step)
             self._file = self.path.open("a")
-            self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+            # The suffix: two starts in one second would write to one file, and the second would empty it.
+            self._tensorboard = tensorboardX.SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".from-{step}"
+            )
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

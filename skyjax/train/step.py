@@ -44,7 +44,7 @@ def make_step(
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         params, now = state["params"], state["step"]
         loss, terms, gradients = loss_and_gradients(config, statistics, params, state["teacher"], batch, now)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         direction, optimizer = make_optimizer(config, params).update(gradients, state["optimizer"], params)
         rate, momentum = learning_rate(config, now), teacher_momentum(config, now)
         params = descend(params, direction, rate)

@@ -1,0 +1,87 @@
+"""One small model, compiled once, for all tests of training."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from skyjax.input.loader import Loader
+from skyjax.parallel.mesh import make_mesh
+from skyjax.train import loop, state
+
+STEPS = 30
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """A folder where this session and the processes that it starts keep what they compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quick_compilation(compile_cache):
+    """What is compiled here runs for milliseconds: optimising it would take longer than all tests."""
+    defaults = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+        "jax_disable_most_optimizations": False,
+    }
+    for name, value in zip(defaults, (str(compile_cache), 0.3, True), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in defaults.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def config(tiny_config):
+    """Two modalities, 30 steps of 8 samples; keys that a resumed run may change can be changed without compiling."""
+    return tiny_config(
+        modalities=("multispectral", "sar"), steps=STEPS, batch_size=8, checkpoint__every=10, data__local_views__count=0
+    )
+
+
+@pytest.fixture(scope="package")
+def compiled(config, _quick_compilation):
+    """(state of step 0, step) of that config; copy the state before it is donated."""
+    mesh = make_mesh(config.mesh)
+    first = state.create(config, mesh)
+    return first, loop.jit_step(config, loop.statistics_table(config.model), first, mesh)
+
+
+@pytest.fixture(scope="package")
+def batch(config):
+    """The first batch, on the host."""
+    loader = Loader(config)
+    first = next(loader)
+    loader.close()
+    return first
+
+
+@pytest.fixture
+def quick(monkeypatch, compiled):
+    """Lets loop.train use `compiled` instead of compiling for itself."""
+    first, step = compiled
+    monkeypatch.setattr(loop, "jit_step", lambda *_: step)
+    monkeypatch.setattr(loop.states, "create", lambda *_: jax.tree.map(jnp.copy, first))
+
+
+def leaves(tree):
+    """Path -> numpy array."""
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.fixture(scope="session")
+def assert_same_bits():
+    """A function that holds two trees to be equal bit for bit."""
+
+    def check(got, want):
+        got, want = leaves(got), leaves(want)
+        assert got.keys() == want.keys()
+        different = [path for path in got if got[path].tobytes() != want[path].tobytes()]
+        assert not different
+
+    return check

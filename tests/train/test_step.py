@@ -1,0 +1,137 @@
+"""The step: teacher, skipped updates, accumulation. Losses and encoders have tests of their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from skyjax.input.loader import Loader
+from skyjax.train import loop, state
+from skyjax.train.step import loss_and_gradients, split
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.fixture(scope="module")
+def stepped(compiled, batch):
+    """(state before, state after, metrics) of one step."""
+    first, step = compiled
+    after, metrics = step(copy(first), batch)
+    return first, after, {name: float(value) for name, value in metrics.items()}
+
+
+def test_teacher_starts_as_a_copy_in_buffers_of_its_own(compiled, assert_same_bits):
+    first, _ = compiled
+    assert_same_bits(first["teacher"], first["params"])
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(first)]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_teacher_is_the_moving_average_by_the_schedule(stepped, config):
+    before, after, metrics = stepped
+    momentum = 1 - (1 - config.optimizer.teacher_momentum) * (np.cos(0) + 1) / 2
+    assert_allclose(metrics["teacher_momentum"], momentum, rtol=1e-6)
+    rest = jax.tree.map(
+        lambda new, old, student: np.abs(
+            new - (momentum * np.float64(old) + (1 - momentum) * np.float64(student))
+        ).max(),
+        after["teacher"],
+        before["teacher"],
+        after["params"],
+    )
+    assert max(jax.tree.leaves(rest)) < 1e-6
+    moved = jax.tree.map(lambda new, old: np.abs(np.asarray(new - old)).max(), after["params"], before["params"])
+    assert max(jax.tree.leaves(moved)) > 1e-5
+
+
+def test_momentum_follows_the_step_of_the_state(compiled, batch, config):
+    first, step = compiled
+    late = copy(first)
+    late["step"] += 20
+    _, metrics = step(late, batch)
+    want = 1 - (1 - config.optimizer.teacher_momentum) * (np.cos(np.pi * 20 / config.steps) + 1) / 2
+    assert_allclose(float(metrics["teacher_momentum"]), want, rtol=1e-6)
+
+
+def test_metrics_have_every_term_and_their_weighted_sum_is_the_loss(stepped, config):
+    _, _, metrics = stepped
+    terms = {name.split("/", 1)[1]: value for name, value in metrics.items() if name.startswith("loss/")}
+    assert {"pixel/fused", "object/sar", "image/multispectral", "alignment/multispectral-sar"} <= terms.keys()
+    weights = config.objective.weights
+    assert_allclose(
+        sum(weights[name.split("/")[0]] * value for name, value in terms.items()), metrics["loss"], rtol=1e-5
+    )
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_bit_equal(compiled, batch, assert_same_bits):
+    first, step = compiled
+    poisoned = copy(first)
+    poisoned["params"]["encoder"]["fusion"]["extra_token"] *= jnp.inf
+    poisoned["counters"]["nonfinite_in_a_row"] += 3
+    before = copy(poisoned)
+    after, metrics = step(poisoned, batch)
+    assert not np.isfinite(float(metrics["loss"]))
+    for part in ("params", "teacher", "optimizer"):
+        assert_same_bits(after[part], before[part])
+    assert int(after["step"]) == 1
+    assert (int(after["counters"]["skipped"]), int(after["counters"]["nonfinite_in_a_row"])) == (1, 4)
+
+
+def test_a_finite_step_ends_the_row(compiled, batch):
+    first, step = compiled
+    counted = copy(first)
+    counted["counters"] = {"skipped": first["counters"]["skipped"] + 5, "nonfinite_in_a_row": first["step"] + 3}
+    after, metrics = step(counted, batch)
+    assert (float(metrics["skipped"]), float(metrics["nonfinite_in_a_row"])) == (5, 0)
+    assert int(after["counters"]["skipped"]) == 5
+
+
+def test_the_step_was_compiled_once(compiled):
+    """After all that the tests above gave it: fresh states, late ones and poisoned ones."""
+    assert compiled[1]._cache_size() == 1
+
+
+def test_split_takes_every_kth_sample():
+    batch = {"index": np.arange(6), "global": {"x": np.arange(12).reshape(6, 2)}}
+    parts = split(batch, 3)
+    assert parts["index"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert parts["global"]["x"].tolist() == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
+
+
+def test_micro_batches_equal_the_whole_batch(tiny_config):
+    """With terms that are per sample: no balancing, no alignment, no spread, no drop path."""
+    changes = {
+        "batch_size": 6,
+        "model__drop_path": 0.0,
+        "data__local_views__count": 0,
+        "objective__sinkhorn_iterations": 0,
+        "objective__weights__alignment": 0.0,
+        "objective__weights__spread": 0.0,
+    }
+    results = []
+    for parts in (1, 2):
+        config = tiny_config(modalities=("multispectral",), micro_batches=parts, **changes)
+        tables = loop.statistics_table(config.model)
+        statistics = {m: (np.float32(t["mean"]), np.float32(t["std"])) for m, t in tables.items()}
+        loader = Loader(config)
+        batch = next(loader)
+        loader.close()
+        params = state.init_params(config, jax.random.key(0))
+        # The teacher differs, or student and teacher would agree and gradients would be small.
+        teacher = state.init_params(config, jax.random.key(1))
+        run = jax.jit(lambda *x, config=config, statistics=statistics: loss_and_gradients(config, statistics, *x))
+        results.append(run(params, teacher, batch, jnp.int32(0)))
+    (whole, terms, gradients), (summed, parts_terms, parts_gradients) = results
+    # The parts must differ in what they hold, or counts could be mixed up without a trace.
+    valid = np.asarray(batch["global"]["multispectral"]["student_valid"]).sum((1, 2))
+    assert valid[::2].sum() != valid[1::2].sum()
+    assert_allclose(summed, whole, rtol=1e-5)
+    for name, total in terms["sums"].items():
+        assert_allclose(parts_terms["sums"][name], total, rtol=2e-5, err_msg=name)
+        assert_allclose(parts_terms["counts"][name], terms["counts"][name], err_msg=name)
+    scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-5 * scale), parts_gradients, gradients)
