@@ -5,6 +5,7 @@ needs, so that no balanced copy has to be kept, and over many chips only vectors
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def sinkhorn(
       scores: similarity of each row to each column, in any float type.
       valid: the rows that count; the others neither give nor take.
       epsilon: temperature; small is hard.
-      iterations: rounds of balancing columns, then rows; with 0 each row is its own softmax.
+      iterations: rounds of balancing rows, then columns; the rows come last again. With 0 each row is its own softmax.
 
     Returns:
       float32; valid rows sum to 1, the others are 0. After the last round columns are balanced as far as the rounds go.
@@ -52,31 +53,32 @@ def column_offsets(
       valid: the rows that count.
       score: a block to its scores (*n, k).
       epsilon: temperature.
-      iterations: rounds of balancing columns, then rows.
+      iterations: rounds of balancing rows, then columns.
     """
 
-    def logits_of(block: Float[Array, "*n d"]) -> Float[Array, "*n k"]:
-        # In logarithms: at a temperature of 0.05 the exponential of an ordinary score leaves float32's range.
-        return score(block).astype(jnp.float32) / epsilon
+    def weights_of(block: Float[Array, "*n d"], there: Bool[Array, "*n"]) -> Float[Array, "*n k"]:
+        logits = score(block).astype(jnp.float32) / epsilon
+        # A row's scale is free, so its best column has weight 1. Weights that float32 can't tell from nothing are kept
+        # at e^-60: a column that is far from every row can still be filled.
+        weights = jnp.exp(jnp.maximum(logits - logits.max(-1, keepdims=True), -60))
+        return jnp.where(there[..., None], weights, 0)
 
-    columns = jax.eval_shape(logits_of, blocks[0]).shape[-1]
-    kept = logits_of(blocks[0]) if len(blocks) == 1 else None
+    columns = jax.eval_shape(score, blocks[0]).shape[-1]
+    kept = weights_of(blocks[0], valid[0]) if len(blocks) == 1 else None
     count = jnp.sum(valid)
 
-    def balance(i: Array, offsets: Float[Array, "k"]) -> Float[Array, "k"]:
-        def column_sums(logits: Float[Array, "*n k"], there: Bool[Array, "*n"]) -> Float[Array, "k"]:
-            # Columns come first, so the first round sees the rows as they are.
-            row = jnp.where(i > 0, jax.nn.logsumexp(logits + offsets, axis=-1, keepdims=True), 0)
-            masked = jnp.where(there[..., None], logits - row, -jnp.inf)
-            return jax.nn.logsumexp(masked.reshape(-1, columns), axis=0)
+    def column_sums(scale: Float[Array, "k"], weights: Float[Array, "*n k"], there: Bool[Array, "*n"]) -> Array:
+        rows = jnp.where(there, 1 / jnp.einsum("...k,k->...", weights, scale, precision="highest"), 0)
+        return jnp.einsum("nk,n->k", weights.reshape(-1, columns), rows.reshape(-1), precision="highest")
 
-        def add(sums: Float[Array, "k"], block: tuple[Array, Array]) -> tuple[Float[Array, "k"], None]:
-            return jnp.logaddexp(sums, column_sums(logits_of(block[0]), block[1])), None
+    def balance(_: int, scale: Float[Array, "k"]) -> Float[Array, "k"]:
+        def add(sums: Float[Array, "k"], block: tuple[Array, Array]) -> tuple[Float[Array, "k"], Any]:
+            return sums + column_sums(scale, weights_of(*block), block[1]), None
 
         if kept is not None:
-            sums = column_sums(kept, valid[0])
+            sums = column_sums(scale, kept, valid[0])
         else:
-            sums, _ = jax.lax.scan(add, jnp.full(columns, -jnp.inf), (blocks, valid))
-        return jnp.where(count > 0, jnp.log(jnp.maximum(count, 1) / columns) - sums, 0)
+            sums, _ = jax.lax.scan(add, jnp.zeros(columns), (blocks, valid))
+        return jnp.where(count > 0, count / columns / jnp.where(count > 0, sums, 1), 1)
 
-    return jax.lax.fori_loop(0, iterations, balance, jnp.zeros(columns))
+    return jnp.log(jax.lax.fori_loop(0, iterations, balance, jnp.ones(columns)))

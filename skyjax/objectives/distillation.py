@@ -110,7 +110,7 @@ def _dino(
     def loss(student: Float[Array, "b s d"], teacher: Float[Array, "b s d"]) -> Float[Array, "b s"]:
         targets = assignment.assign(teacher_scores(teacher), offsets, epsilon=teacher_temperature)
         scores = heads.class_scores(student_head, student) / config.student_temperature
-        return -jnp.sum(targets * jax.nn.log_softmax(scores, axis=-1), axis=-1)
+        return jax.nn.logsumexp(scores, axis=-1) - jnp.sum(targets * scores, axis=-1)
 
     return loss
 

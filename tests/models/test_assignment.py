@@ -6,23 +6,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from skyjax.models.assignment import sinkhorn
+from skyjax.models.assignment import assign, column_offsets, sinkhorn
 
 
 def balance_by_loop(scores, valid, epsilon, iterations):
     """Plain float64 Sinkhorn-Knopp on the exponentials."""
     matrix = np.exp((scores - scores.max()) / epsilon) * valid[:, None]
     for _ in range(iterations):
-        matrix = matrix / matrix.sum(0) * valid.sum() / matrix.shape[1]
         for row in np.flatnonzero(valid):
             matrix[row] = matrix[row] / matrix[row].sum()
+        matrix = matrix / matrix.sum(0) * valid.sum() / matrix.shape[1]
+    for row in np.flatnonzero(valid):
+        matrix[row] = matrix[row] / matrix[row].sum()
     return matrix
 
 
 balance = jax.jit(sinkhorn, static_argnames=("epsilon", "iterations"))
 
 
-@pytest.mark.parametrize("iterations", [1, 3, 50])
+@pytest.mark.parametrize("iterations", [0, 1, 3, 50])
 def test_agrees_with_the_loop(iterations):
     rng = np.random.default_rng(0)
     scores, valid = rng.uniform(-1, 1, (9, 5)), np.arange(9) % 4 != 1
@@ -64,3 +66,23 @@ def test_rows_sum_to_one_whatever_the_scores(seed, magnitude, count, dtype):
     assert np.isfinite(got).all()
     assert (got >= 0).all()
     assert_allclose(got.sum(1), np.asarray(valid, float), atol=1e-5)
+
+
+def test_blocks_of_rows_give_the_balance_of_all_rows():
+    rng = np.random.default_rng(0)
+    rows, columns, valid = rng.normal(size=(3, 2, 4, 5)), rng.normal(size=(6, 5)), rng.random((3, 2, 4)) < 0.7
+    rows, columns = jnp.asarray(rows, jnp.float32), jnp.asarray(columns, jnp.float32)
+
+    def score(block):
+        return block @ columns.T
+
+    offsets = column_offsets(rows, jnp.asarray(valid), score, epsilon=0.5, iterations=3)
+    got = np.asarray(assign(score(rows), offsets, epsilon=0.5))[valid]
+    want = balance_by_loop(np.float64(score(rows)).reshape(-1, 6), valid.ravel(), 0.5, 3)
+    assert_allclose(got, want[valid.ravel()], atol=1e-5)
+
+
+def test_columns_that_are_far_from_every_row_are_filled_all_the_same():
+    scores = np.random.default_rng(0).normal(size=(12, 3)) - np.array([0, 0, 30.0])
+    got = balance(jnp.asarray(scores, jnp.float32), jnp.ones(12, bool), epsilon=1.0, iterations=100)
+    assert_allclose(got.sum(0), 4, rtol=1e-3)

@@ -20,14 +20,12 @@ def project(head: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 def balance(scores: np.ndarray, epsilon: float, iterations: int) -> np.ndarray:
-    """Sinkhorn-Knopp on a matrix of exponentials: columns to n / k, then rows to one."""
+    """Sinkhorn-Knopp on a matrix of exponentials: rows to one, columns to n / k, and rows to one at the end."""
     q = np.exp(scores / epsilon)
-    if iterations == 0:
-        return q / q.sum(1, keepdims=True)
     for _ in range(iterations):
-        q = q / q.sum(0, keepdims=True) * len(q) / q.shape[1]
         q = q / q.sum(1, keepdims=True)
-    return q
+        q = q / q.sum(0, keepdims=True) * len(q) / q.shape[1]
+    return q / q.sum(1, keepdims=True)
 
 
 def dino(student, teacher, weight, student_head, teacher_head, *, temperature, epsilon, iterations) -> float:
