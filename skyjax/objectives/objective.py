@@ -137,7 +137,7 @@ def _pool(maps: Maps) -> tuple[Float[Array, "b v d"], Array]:
 
 
 def _metrics(teacher: Outputs) -> dict[str, Float[Array, ""]]:
-    """Effective rank and spread of the teacher's pooled fused features, both views of all samples."""
+    """Effective rank and spread of the teacher's pooled fused features, all global views of all samples."""
     places = teacher["fused_valid"]
     feature, there = masked_mean(teacher["fused"], places)
     feature, there = feature.reshape(-1, feature.shape[-1]), there.reshape(-1)
