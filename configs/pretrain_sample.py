@@ -61,7 +61,7 @@ def _data() -> ml_collections.ConfigDict:
             "threads": 2,
             "prefetch": 4,  # batches
             # Fixed number of dates a view: drawn from the valid ones, masked where there are fewer.
-            "dates": {"optical": 1, "multispectral": 4, "sar": 4},
+            "dates": {"optical": 1, "multispectral": 3, "sar": 3},
             "global_views": {
                 "size": {"optical": 64, "multispectral": 8, "sar": 8},  # pixels a side
                 "area": (0.5, 1.0),  # share of the site
@@ -113,10 +113,10 @@ def _model() -> ml_collections.ConfigDict:
                     "bands": ("B02", "B03", "B04", "B05", "B06", "B07", "B08", "B8A", "B11", "B12"),
                     "patch_size": 2,
                     "image_size": 8,  # of the learned position embedding; resized for other sizes
-                    "width": 96,
-                    "depth": 4,
+                    "width": 64,
+                    "depth": 3,
                     "heads": 4,
-                    "up_factor": 2,  # up-head: one token -> up_factor x up_factor cells
+                    "up_factor": 1,  # up-head: one token -> up_factor x up_factor cells
                 },
                 "sar": {
                     "kind": "vit",
@@ -124,10 +124,10 @@ def _model() -> ml_collections.ConfigDict:
                     "bands": ("VV", "VH"),
                     "patch_size": 2,
                     "image_size": 8,
-                    "width": 96,
-                    "depth": 4,
+                    "width": 64,
+                    "depth": 3,
                     "heads": 4,
-                    "up_factor": 2,
+                    "up_factor": 1,
                 },
             },
             "spatial_width": 192,  # of every modality after its up-head; optical's last stage has it by itself
@@ -140,8 +140,8 @@ def _objective() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "kind": "dino",  # or "infonce"
-            "classes": 512,
-            "head_hidden": 256,
+            "classes": 256,
+            "head_hidden": 128,
             "head_bottleneck": 64,
             "student_temperature": 0.1,
             "teacher_temperature": (0.04, 0.07),  # start, end; cosine
@@ -149,7 +149,7 @@ def _objective() -> ml_collections.ConfigDict:
             "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.1},
             "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; negatives from each other sample
             "chunk": 1024,  # rows of a sample scored at a time; more are recomputed in the backward pass
-            "pixel": {"tokens": 16},  # places scored a sample, view and date
+            "pixel": {"tokens": 8},  # places scored a sample, view and date
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
             "alignment": {"temperature": 0.1},  # where the learned temperature starts
             "rank_alarm": 2.0,  # warn when the effective rank of the fused features falls below

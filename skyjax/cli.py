@@ -80,7 +80,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
 
     config = load_config(options.config, overrides)
     if options.dry_run:
-        loop.dry_run(config)
+        print(loop.dry_run(config))
         return 0
     if options.workdir is None:
         raise UserError("train: --workdir=DIR is missing; it gets config, metrics, checkpoints and report")
