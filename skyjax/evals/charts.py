@@ -92,7 +92,7 @@ def line_chart(
     parts = [f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">']
     parts += [_y_tick(value, text, y, width) for value, text in zip(y_ticks, _tick_texts(y_ticks, log), strict=True)]
     parts += _x_ticks(x, height, count=max(3, width // 110))
-    parts += [_reference(value, text, y, width) for value, text in references]
+    parts += [_reference(value, y, width) for value, _ in references]
     parts += [_mark(mark, x, height) for mark in marks if x.low <= mark.step <= x.high]
     for line in series:
         parts.append(f'<path class="raw {line.colour}" d="{_path(line.steps, line.values, x, y)}"/>')
@@ -100,6 +100,7 @@ def line_chart(
         values = smooth(line.values) if smoothed else line.values
         parts.append(f'<path class="smooth {line.colour}" d="{_path(line.steps, values, x, y)}"/>')
     parts += [_lone_point(line, x, y) for line in series]
+    parts += [_reference_text(value, text, y, width) for value, text in references]
     parts += _hover_strips(series, x, height)
     return "".join([*parts, "</svg>"])
 
@@ -129,12 +130,17 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.where(finite, level + slope * (here - place), np.nan)
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About `count` steps of 1, 2, 2.5 or 5 times a power of ten, from at or below `low` to at or above `high`."""
+def ticks(low: float, high: float, count: int = 4, *, whole: bool = False) -> list[float]:
+    """About `count` steps of 1, 2, 2.5 or 5 times a power of ten, from at or below `low` to at or above `high`.
+
+    With `whole`, steps are whole numbers.
+    """
     if not high - low > 1e-9 * max(abs(low), abs(high)):
         low, high = low - (abs(low) * 0.1 or 1.0), high + (abs(high) * 0.1 or 1.0)
     power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = next(size * power for size in (1, 2, 2.5, 5, 10) if size * power * count >= (high - low) * (1 - 1e-9))
+    sizes = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(size * power for size in sizes if size * power * count >= (high - low) * (1 - 1e-9))
+    step = max(step, 1.0) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
@@ -242,7 +248,7 @@ def _y_tick(value: float, text: str, y: Scale, width: int) -> str:
 
 
 def _x_ticks(x: Scale, height: int, count: int) -> list[str]:
-    inside = [value for value in ticks(x.low, x.high, count) if value <= x.high]
+    inside = [value for value in ticks(x.low, x.high, count, whole=True) if value <= x.high]
     parts = []
     for index, value in enumerate(inside):
         place, near_end = x(value), x(value) > x.end - 14
@@ -256,13 +262,14 @@ def _x_ticks(x: Scale, height: int, count: int) -> list[str]:
     return parts
 
 
-def _reference(value: float, text: str, y: Scale, width: int) -> str:
+def _reference(value: float, y: Scale, width: int) -> str:
+    return f'<line class="reference" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
+
+
+def _reference_text(value: float, text: str, y: Scale, width: int) -> str:
     height = y(value)
-    above = height - 5 if height > TOP + 16 else height + 13
-    return (
-        f'<line class="reference" x1="{LEFT}" x2="{width - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>'
-        f'<text class="reference" x="{width - RIGHT - 2}" y="{above:.1f}" text-anchor="end">{escape(text)}</text>'
-    )
+    beside = height - 5 if height > TOP + 16 else height + 13
+    return f'<text class="reference" x="{width - RIGHT - 2}" y="{beside:.1f}" text-anchor="end">{escape(text)}</text>'
 
 
 def _mark(mark: Mark, x: Scale, height: int) -> str:

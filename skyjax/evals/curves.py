@@ -129,12 +129,13 @@ def marks(metrics: Metrics) -> list[Mark]:
 
 
 def alarms(metrics: Metrics, config: Mapping[str, Any]) -> list[Mark]:
-    """The first step of each stretch in which an effective rank lies below the alarm line."""
+    """The first step of each stretch after the warm-up in which an effective rank lies below the alarm line."""
     line = config.get("objective", {}).get("rank_alarm")
+    warm = metrics.steps >= config.get("optimizer", {}).get("warmup_steps", 0)
     found = []
     for name, column in metrics.columns.items():
         if name.startswith("rank/") and isinstance(line, int | float):
-            below = column < line
+            below = (column < line) & warm
             for index in np.flatnonzero(below & ~np.concatenate([[False], below[:-1]])).tolist():
                 step = float(metrics.steps[index])
                 title = f"effective rank of {name.split('/')[-1]} fell to {short(column[index])} at step {step:,.0f}"

@@ -33,11 +33,11 @@ def data_sheet(samples: Mapping[str, ListOf[Sample]], credits: Iterable[str] = (
 def feature_sheet(groups: Iterable[pictures.FeaturePictures]) -> str:
     """For each modality and the fused features: sites with their images beside the features in colour."""
     parts = [
-        '<p class="lead">The teacher\'s spatial features: their first three principal components as red, green and blue,'
-        " on the features' own grid. A modality is seen alone, at the date shown; fused features come from all"
+        '<p class="lead">The first three principal components of the teacher\'s spatial features as red, green and'
+        " blue, on the features' own grid. A modality is seen alone, at the date shown; fused features come from all"
         f" modalities and up to {pictures.FUSED_DATES} dates of each. The sites of a row share their components: one"
-        " colour means one kind of place along the row, and nothing from row to row. Grey: masked. <b>Bad:</b> one colour"
-        " everywhere, or colours that ignore what the image shows.</p>"
+        " colour means one kind of place along the row, and nothing from row to row. Grey: masked. <b>Bad:</b> one"
+        " colour everywhere, or colours that ignore what the image shows.</p>"
     ]
     for group in groups:
         title, share = TITLES[group.title], f"three components hold {100 * sum(group.shares):.0f} % of the variance"

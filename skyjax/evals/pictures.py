@@ -186,7 +186,7 @@ def _limits(sequence: Sequence) -> np.ndarray:
 def fit(image: np.ndarray, side: int, *, grid: bool = False) -> np.ndarray:
     """An image or a mask at about `side` pixels: small ones by whole factors, each pixel a square; large ones reduced.
 
-    With `grid`, squares of 6 pixels and more are set apart by a line.
+    With `grid`, squares of 8 pixels and more are set apart by a line.
     """
     height, width = image.shape[:2]
     longest = max(height, width)
@@ -196,9 +196,9 @@ def fit(image: np.ndarray, side: int, *, grid: bool = False) -> np.ndarray:
         return np.asarray(PIL.Image.fromarray(image).resize((columns, rows), how))
     factor = math.ceil(side / longest)
     large = image.repeat(factor, 0).repeat(factor, 1)
-    if grid and factor >= 6:
-        large[factor - 1 : -1 : factor] = large[factor - 1 : -1 : factor] // 3 * 2
-        large[:, factor - 1 : -1 : factor] = large[:, factor - 1 : -1 : factor] // 3 * 2
+    if grid and factor >= 8:
+        large[factor - 1 : -1 : factor] = large[factor - 1 : -1 : factor] // 4 * 3
+        large[:, factor - 1 : -1 : factor] = large[:, factor - 1 : -1 : factor] // 4 * 3
     return large
 
 
@@ -256,14 +256,22 @@ def _clear_shares(sequence: Sequence) -> Float[np.ndarray, "t"]:
     return np.where(sequence.valid, sequence.clear.mean((1, 2)), -1.0)
 
 
+def _clearest(sequence: Sequence, count: int) -> np.ndarray:
+    """At most `count` dates, in order: spread over those that are as clear as any, else the clearest."""
+    shares = _clear_shares(sequence)
+    alike = np.flatnonzero(shares >= shares.max() - 0.02)
+    if len(alike) >= count:
+        return alike[((np.arange(count) + 0.5) * len(alike) / count).astype(int)]
+    return np.sort(np.argsort(-shares, kind="stable")[: min(count, int(sequence.valid.sum()))])
+
+
 def _excerpt(sample: Sample, modalities: Iterable[str], *, dates: int) -> Sample:
-    """The sample with some modalities, and of each the clearest dates, in order."""
+    """The sample with some modalities, and of each the clearest dates."""
     sequences = {}
     for modality in modalities:
         sequence = sample.sequences.get(modality)
         if sequence is not None and sequence.valid.any():
-            shares = _clear_shares(sequence)
-            best = np.sort(np.argsort(-shares, kind="stable")[: min(dates, int(sequence.valid.sum()))])
+            best = _clearest(sequence, dates)
             parts = {name: getattr(sequence, name)[best] for name in ("values", "days", "valid", "clear")}
             sequences[modality] = dataclasses.replace(sequence, **parts)
     return dataclasses.replace(sample, sequences=sequences)
@@ -303,7 +311,7 @@ def _group(title: str, encode: Encode, samples: ListOf[Sample], sites: int, side
 
 def _image(modality: str, sequence: Sequence, sample: Sample, side: int) -> tuple[str, str, Image]:
     """Modality, day and picture of a sequence's clearest date."""
-    date = int(_clear_shares(sequence).argmax())
+    (date,) = _clearest(sequence, 1).tolist()
     image = fit(_on_site(contact_sheet.picture(sequence, date), sequence, sample), side)
     clear = fit(_on_site(sequence.clear[date], sequence, sample), side)
     return modality, _day(sequence.days[date]), hatch(image, clear)

@@ -160,7 +160,7 @@ def _facts(run: Run) -> dict[str, str]:
     return {
         "Last step logged" if log.is_file() else "Written": f"{when:%Y-%m-%d %H:%M}",
         "Git revision": revision[:12] + (", with local changes" if dirty else ""),
-        "Hardware": run.versions.get("hardware") or f"{_machine()} (where this page was made)",
+        "Hardware" if "hardware" in run.versions else "This page made on": run.versions.get("hardware", _machine()),
         "Duration": "not recorded" if seconds is None else _duration(seconds),
         "Steps": f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""),
         "Samples seen": f"{run.step * batch:,}" if isinstance(batch, int) else "not recorded",

@@ -116,6 +116,12 @@ def test_ticks_that_are_close_have_digits_enough_to_differ():
     assert texts == ["0.99", "0.99002", "0.99004", "0.99006", "0.99008", "0.9901"]
 
 
+def test_ticks_of_steps_are_whole_numbers():
+    assert ticks(0, 24, 5, whole=True) == [0, 5, 10, 15, 20, 25]
+    assert ticks(0, 24, 10, whole=True) == [0, 5, 10, 15, 20, 25]
+    assert ticks(0, 2, 5, whole=True) == [0, 1, 2]
+
+
 def test_equal_values_still_have_an_axis():
     for value in (0.0, 5.0, -2.0):
         marks = ticks(value, value)

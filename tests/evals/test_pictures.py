@@ -152,6 +152,19 @@ def test_the_clearest_date_is_shown():
     assert groups_of(encode, make_sample(multispectral=found))["multispectral"].sites[0].images[0][1] == "2019-04-14"
 
 
+def test_fused_dates_are_spread_over_the_clear_ones():
+    clear = np.ones((20, 6, 6), bool)
+    clear[::2] = False  # 1, 3 .. 19 are clear
+    seen = []
+
+    def watched(sample):
+        seen.append((sample.sequences["multispectral"].days - 18_000).tolist())
+        return encode(sample)
+
+    groups_of(watched, make_sample(multispectral=sequence(noise(20, 6, 6, 3), clear=clear)))
+    assert seen == [[11], [3, 7, 13, 17]]
+
+
 def test_sites_that_show_something_come_first():
     small = make_sample(multispectral=sequence(noise(1, 6, 6, 3)))
     cloudy = make_sample(multispectral=sequence(noise(1, 20, 20, 3), clear=np.zeros((1, 20, 20), bool)))
@@ -203,10 +216,10 @@ def test_small_images_grow_by_whole_pixels_and_large_ones_shrink():
 
 
 def test_a_grid_darkens_the_border_between_places_only():
-    large = fit(np.full((2, 2, 3), 90, np.uint8), 12, grid=True)
-    want = np.full((12, 12), 90)
-    want[5] = 60
-    want[:, 5] = np.where(np.arange(12) == 5, 40, 60)
+    large = fit(np.full((2, 2, 3), 160, np.uint8), 16, grid=True)
+    want = np.full((16, 16), 160)
+    want[7] = 120
+    want[:, 7] = np.where(np.arange(16) == 7, 90, 120)
     assert_array_equal(large[..., 0], want)
 
 

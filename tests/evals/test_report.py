@@ -317,6 +317,8 @@ def test_skipped_steps_and_alarms_are_marked_once(tmp_path):
     assert [(mark.step, mark.kind) for mark in curves.marks(got)] == [(40, "skipped")]
     assert [mark.step for mark in curves.alarms(got, {"objective": {"rank_alarm": 2.0}})] == [20]
     assert curves.alarms(got, {}) == []
+    late = {"objective": {"rank_alarm": 2.0}, "optimizer": {"warmup_steps": 26}}
+    assert [mark.step for mark in curves.alarms(got, late)] == [30]
 
 
 def test_a_collapse_that_lasts_is_called_one(tmp_path, tiny_config):
