@@ -1,5 +1,7 @@
 """One small model, compiled once, for all tests of training."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,11 @@ STEPS = 30
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """A folder where this session and the processes that it starts keep what they compiled."""
-    return tmp_path_factory.mktemp("compiled")
+    """A folder where this session, its workers and the processes that they start keep what they compiled."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -45,11 +50,15 @@ def config(tiny_config):
 
 
 @pytest.fixture(scope="package")
-def compiled(config, _quick_compilation):
-    """(state of step 0, step) of that config; copy the state before it is donated."""
-    mesh = make_mesh(config.mesh)
-    first = state.create(config, mesh)
-    return first, loop.jit_step(config, loop.statistics_table(config.model), first, mesh)
+def first(config, _quick_compilation):
+    """The state of step 0; copy it before it is donated."""
+    return state.create(config, make_mesh(config.mesh))
+
+
+@pytest.fixture(scope="package")
+def compiled(config, first):
+    """(`first`, step) of that config."""
+    return first, loop.jit_step(config, loop.statistics_table(config.model), first, make_mesh(config.mesh))
 
 
 @pytest.fixture(scope="package")

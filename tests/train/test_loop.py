@@ -1,0 +1,278 @@
+"""The loop: stopped at any step and started again, a run is the run that was never stopped."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from skyjax.config import to_json
+from skyjax.errors import UserError
+from skyjax.train import checkpoint, loop, metrics, state
+
+TIMES = ("seconds", "samples_per_second")
+
+
+def lines(workdir):
+    found = [json.loads(line) for line in (workdir / metrics.FILE).read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
+
+
+def final_state(workdir, config):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state.abstract(config)
+    )
+    return checkpoint.load(checkpoint.find(workdir), abstract)
+
+
+def changed(config, **changes):
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        copy.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return copy
+
+
+@pytest.fixture(scope="module")
+def straight(config, compiled, tmp_path_factory):
+    """The run that was never stopped; copy its folder before it is changed."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        first, step = compiled
+        patch.setattr(loop, "jit_step", lambda *_: step)
+        patch.setattr(loop.states, "create", lambda *_: jax.tree.map(lambda x: x.copy(), first))
+        assert loop.train(config, workdir) == 0
+    return workdir
+
+
+def test_a_finished_run_has_everything(straight, config):
+    assert [line["step"] for line in lines(straight)] == list(range(1, config.steps + 1))
+    assert checkpoint.steps(straight / checkpoint.FOLDER) == [20, 30]
+    assert json.loads((straight / "config.json").read_text()) == json.loads(to_json(config))
+    versions = json.loads((straight / "versions.json").read_text())
+    assert versions["jax"] == jax.__version__
+    assert {"skyjax", "python", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"} <= versions.keys()
+    notes = checkpoint.read_notes(straight / checkpoint.FOLDER / "30")
+    assert notes["position"] == 30 * config.batch_size
+    assert notes["statistics"]["sar"]["bands"] == ["VV", "VH"]
+    assert np.shape(notes["statistics"]["multispectral"]["mean"]) == (1, 3)
+
+
+def test_training_lowers_the_loss(straight):
+    loss = [line["loss"] for line in lines(straight)]
+    assert np.mean(loss[-5:]) < np.mean(loss[:5])
+
+
+def test_preempted_and_resumed_equals_never_stopped(straight, config, quick, compiled, tmp_path, assert_same_bits):
+    """SIGTERM while step 13 is evaluated: one more step, and its checkpoint, which was due at 20 only."""
+    reports, evaluated = [], []
+
+    def stop(_, step):
+        evaluated.append(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return {}
+
+    first = loop.train(changed(config, eval__every=13), tmp_path, evaluators=[stop], report=reports.append)
+    assert first == 75
+    assert evaluated == [13]
+    assert not reports
+    assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == [10, 14]
+    assert loop.train(config, tmp_path, report=reports.append) == 0
+    assert reports == [tmp_path]
+    assert lines(tmp_path) == lines(straight)
+    assert_same_bits(final_state(tmp_path, config), final_state(straight, config))
+    assert compiled[1]._cache_size() == 1  # neither a restored state nor a new start compiles again
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_only(straight, config, quick, tmp_path, assert_same_bits, caplog):
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "run"))
+    newest = workdir / checkpoint.FOLDER / "30"
+    biggest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(biggest, 1000)
+    assert loop.train(config, workdir) == 0
+    assert "going on from step 20" in caplog.text
+    assert lines(workdir) == lines(straight)
+    assert_same_bits(final_state(workdir, config), final_state(straight, config))
+
+
+def test_a_finished_run_started_again_does_nothing(straight, config, quick, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "run"))
+    reports = []
+    assert loop.train(config, workdir, report=reports.append) == 0
+    assert (lines(workdir), reports) == (lines(straight), [workdir])
+
+
+def test_another_config_is_refused_with_every_key(straight, config):
+    with pytest.raises(UserError) as error:
+        loop.train(changed(config, seed=7, optimizer__weight_decay=0.1, log__every=3), straight)
+    assert "optimizer.weight_decay=0.1 (was 0.05), seed=7 (was 0)" in str(error.value)
+    assert "log.every" not in str(error.value)
+
+
+@pytest.fixture
+def fake_step(monkeypatch, config, compiled):
+    """A step that only counts: what the loop does around it is in question. Returns the steps it was called with."""
+    first, _ = compiled
+    called = []
+
+    def step(state, batch):
+        called.append(int(batch["index"][0]))
+        names = ("loss", "rank/fused", "spread/fused", "skipped", "nonfinite_in_a_row")
+        values = dict.fromkeys(names, 3.0) | {"nonfinite_in_a_row": fake.nonfinite, "rank/fused": fake.rank}
+        fake.nonfinite += fake.nonfinite > 0
+        return {**state, "step": state["step"] + 1}, values
+
+    def fake(*_):
+        return step
+
+    fake.nonfinite, fake.rank, fake.called = 0, 3.0, called
+    monkeypatch.setattr(loop, "jit_step", fake)
+    monkeypatch.setattr(loop.states, "create", lambda *_: first)
+    return fake
+
+
+def test_every_batch_is_consumed_once_in_order(fake_step, config, tmp_path):
+    assert loop.train(config, tmp_path) == 0
+    assert fake_step.called == [step * config.batch_size for step in range(config.steps)]
+
+
+def test_evaluators_see_the_old_state_and_join_its_line(fake_step, config, tmp_path, caplog):
+    seen = []
+
+    def count(state, step):
+        seen.append((int(state["step"]), step, step in checkpoint.steps(tmp_path / checkpoint.FOLDER)))
+        return {"knn": step / 100}
+
+    def fail(state, step):
+        raise RuntimeError("no labels")
+
+    assert loop.train(changed(config, eval__every=10, log__every=4), tmp_path, evaluators=[fail, count]) == 0
+    assert seen == [(10, 10, False), (20, 20, False), (30, 30, False)]  # evaluated before it is saved
+    assert {line["step"]: line["knn"] for line in lines(tmp_path) if "knn" in line} == {10: 0.1, 20: 0.2, 30: 0.3}
+    assert [line["step"] for line in lines(tmp_path)] == [4, 8, 10, 12, 16, 20, 24, 28, 30]
+    assert "step 10: an evaluation failed" in caplog.text
+
+
+def test_ten_in_a_row_that_are_not_finite_end_the_run(fake_step, config, tmp_path, capfd):
+    fake_step.nonfinite = 1
+    assert loop.train(changed(config, checkpoint__every=4), tmp_path) == 1
+    assert len(fake_step.called) == 11  # the tenth is known when the eleventh is under way
+    assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == [4, 8]
+    errors = capfd.readouterr().err
+    assert "step 1: loss or gradient is not finite; update skipped" in errors
+    assert "the last good checkpoint is that of step 8" in " ".join(errors.split())
+
+
+def test_a_collapse_is_said_once(fake_step, config, tmp_path, capfd):
+    fake_step.rank = 1.25
+    assert loop.train(config, tmp_path) == 0
+    assert capfd.readouterr().err.count("the effective rank of the fused features is 1.25, below 2") == 1
+
+
+def test_bad_records_end_the_run(fake_step, config, tmp_path, monkeypatch):
+    def check_bad(_):
+        raise UserError("5 of 24 records are bad")
+
+    monkeypatch.setattr(loop.Loader, "check_bad", check_bad)
+    with pytest.raises(UserError, match="5 of 24"):
+        loop.train(config, tmp_path)
+
+
+def test_no_permission_is_told(config, tmp_path):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o500)
+    is_root = os.geteuid() == 0
+    if is_root:  # who may write everywhere; the kernel asks for the effective user
+        tmp_path.chmod(0o755)
+        for parent in list(tmp_path.parents)[:2]:
+            parent.chmod(0o755)
+        os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"Permission denied; free space or choose another --workdir"):
+            loop.write_files(folder / "run", {"config.json": "{}"})
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_dry_run_prints_config_and_parameters_and_allocates_nothing(config):
+    before = len(jax.live_arrays())
+    text = loop.dry_run(config)
+    assert len(jax.live_arrays()) <= before + 1  # the key of the seed
+    assert '"batch_size": 8' in text
+    assert "encoder/sar/patch_embed/kernel  (2, 2, 2, 8)  64" in text
+    counts = [leaf.size for leaf in jax.tree.leaves(state.abstract(config)["params"]["encoder"])]
+    assert f"encoder: {sum(counts):,} parameters" in text
+
+
+def test_a_batch_that_does_not_divide_is_told(config, tmp_path):
+    with pytest.raises(UserError, match="batch_size=8 is not a multiple of micro_batches=3"):
+        loop.train(changed(config, micro_batches=3), tmp_path)
+
+
+def test_a_model_that_contradicts_itself_is_told(config, tmp_path):
+    with pytest.raises(UserError, match=r"config: model.modalities.sar: up_factor 3"):
+        loop.train(changed(config, model__modalities__sar__up_factor=3), tmp_path)
+
+
+RUN = """
+import pathlib, sys
+import ml_collections, skyjax
+from skyjax.config import read_config
+from skyjax.train import loop
+sys.exit(loop.train(read_config(sys.argv[1]), pathlib.Path(sys.argv[2])))
+"""
+
+
+def start(config, workdir, compile_cache):
+    """A real run in a process of its own."""
+    path = workdir.parent / "config.json"
+    path.write_text(to_json(config))
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(path), str(workdir)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_killed_in_the_middle_it_goes_on(straight, config, compile_cache, tmp_path, assert_same_bits, kills):
+    """SIGKILL while checkpoints are written at every step, each time a few steps later; then to the end."""
+    every = changed(config, checkpoint__every=1)
+    workdir = tmp_path / "run"
+    newest, rng = 0, np.random.default_rng(0)
+    for _ in range(kills):
+        process = start(every, workdir, compile_cache)
+        while process.poll() is None and max([0, *checkpoint.steps(workdir / checkpoint.FOLDER)]) < newest + 3:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.wait()
+        newest = max(checkpoint.steps(workdir / checkpoint.FOLDER))
+        assert newest < config.steps
+    process = start(every, workdir, compile_cache)
+    assert process.wait() == 0, process.stderr.read()
+    assert lines(workdir) == lines(straight)
+    assert_same_bits(final_state(workdir, config), final_state(straight, config))
+
+
+def test_sigterm_while_compiling_ends_it_at_once(config, tmp_path):
+    process = start(config, tmp_path / "run", tmp_path / "cold")
+    while not (tmp_path / "run" / "config.json").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    time.sleep(0.5)  # in the initialisation or the compilation of the step
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75

@@ -1,0 +1,84 @@
+"""A checkpoint as its users see it."""
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import skyjax
+from skyjax.errors import UserError
+from skyjax.input.records import RecordSource
+from skyjax.models import skysense
+from skyjax.sensors import statistics
+from skyjax.train import checkpoint, loop
+
+
+@pytest.fixture(scope="module")
+def saved(config, first, tmp_path_factory):
+    """A workdir with the checkpoint of step 4, whose teacher is not its student."""
+    state = {**first, "step": first["step"] + 4, "teacher": jax.tree.map(lambda x: x * 1.5, first["teacher"])}
+    workdir = tmp_path_factory.mktemp("saved")
+    with checkpoint.CheckpointWriter(workdir, config.checkpoint) as writer:
+        notes = {"step": 4, "position": 32, "config": config.to_dict(), "versions": loop.versions()}
+        writer.save(state, {**notes, "statistics": loop.statistics_table(config.model)})
+    return workdir, state["teacher"]["encoder"]
+
+
+@pytest.fixture(scope="module")
+def samples(sample_records):
+    source = RecordSource(sample_records)
+    return [source[i] for i in range(9)]
+
+
+def test_it_is_the_teacher_with_its_config(saved, config):
+    workdir, teacher = saved
+    model = skyjax.load(workdir)
+    jax.tree.map(np.testing.assert_array_equal, model.params, teacher)
+    assert model.step == 4
+    assert model.config.model.spatial_width == config.model.spatial_width
+
+
+def test_encode_equals_the_model_on_images_normalised_by_hand(saved, samples, config):
+    workdir, teacher = saved
+    sample = samples[2]
+    got = skyjax.load(str(workdir)).encode(sample)
+    images = {}
+    for modality, bands in (("multispectral", [0, 1, 2]), ("sar", [0, 1])):
+        sequence, part = sample.sequences[modality], config.model.modalities[modality]
+        mean, std = statistics(part.sensors, part.bands)
+        images[modality] = {
+            "values": (np.float32(sequence.values[..., bands]) - mean[0])[None] / std[0],
+            "days": sequence.days[None],
+            "valid": sequence.valid[None],
+            "clear": sequence.clear[None],
+            "bands": np.ones((1, len(bands)), bool),
+        }
+    want = skysense.apply(config.model, teacher, images)
+    assert got["fused"].shape == (1, 8, 8, config.model.fusion.width)
+    assert_allclose(got["fused"], want["fused"], atol=1e-5)
+    assert_allclose(got["spatial"]["sar"], want["spatial"]["sar"], atol=1e-5)
+    assert got["context"] is None
+    assert isinstance(got["pooled"], np.ndarray)
+
+
+def test_samples_together_equal_samples_alone(saved, samples):
+    """Of different numbers of dates, with and without radar."""
+    model = skyjax.load(saved[0])
+    together = model.encode([samples[0], samples[2], samples[6]])
+    for row, number in enumerate((0, 2, 6)):
+        assert_allclose(together["pooled"][row], model.encode(samples[number])["pooled"][0], atol=1e-5)
+
+
+def test_size_resamples(saved, samples):
+    output = skyjax.load(saved[0]).encode(samples[0], size={"multispectral": (4, 6)})
+    assert output["fused"].shape[1:3] == (4, 6)
+
+
+def test_what_cannot_be_seen_is_told(saved, samples):
+    with pytest.raises(UserError, match='"site 7" has no valid date of multispectral, sar'):
+        skyjax.load(saved[0]).encode(samples[7])  # optical only, which this model does not have
+
+
+def test_no_checkpoint_is_told(tmp_path):
+    with pytest.raises(UserError, match="holds none; train first"):
+        skyjax.load(tmp_path)
