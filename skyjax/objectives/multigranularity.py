@@ -59,7 +59,7 @@ class Pairs(NamedTuple):
       student_view: static view numbers.
       teacher_view: static view numbers.
       teacher_map: the teacher's map (view x dates + slot) of the same day.
-      dated: the student saw the date and the teacher has it.
+      dated: the date stands in both views. (Whether the student saw it, its `asked` and `seen` say.)
       corners: the four teacher tokens around each student token.
       weight: their bilinear weights.
       inside: the student's token lies in the teacher's view.
@@ -129,7 +129,7 @@ def pair_views(student: Maps, teacher: Maps, *, same_views: bool) -> Pairs:
         tuple(mine.tolist()),
         tuple(other.tolist()),
         teacher_map=other[:, None] * teacher.features.shape[2] + slot,
-        dated=dated & student.seen[:, mine],
+        dated=dated,
         corners=corners,
         weight=weight,
         inside=inside,

@@ -191,6 +191,19 @@ def test_object_weights_of_a_pair_and_date_sum_to_one_where_there_is_overlap(sce
     assert 0 < rows.counted < sums.size
 
 
+def test_what_the_teacher_sees_beside_the_students_view_does_not_move_its_clusters():
+    rng = np.random.default_rng(2)
+    cuts = [[Cut(0, 0, 1, 1), Cut(0.1, 0, 0.5, 0.5, 1)]]  # the second is the student's, in the north-west
+    features = rng.normal(size=(1, 2, 1, 6, 6, 3))
+    maps = maps_of(cuts, np.full((1, 2, 1), 7), (6, 6), features=features)
+    outside = ~cuts[0][1].contains(cuts[0][0].ground((6, 6)))
+    far = maps.features.at[0, 0, 0, outside].set(50.0)
+    rows, moved = (objects([maps], maps._replace(features=f)) for f in (maps.features, far))
+    of_second = slice(CONFIG.object.clusters, None)  # pairs are (0, 1), (1, 0)
+    assert_array_equal(rows.teacher[:, of_second], moved.teacher[:, of_second])
+    assert_array_equal(rows.student[:, of_second], moved.student[:, of_second])
+
+
 @pytest.mark.parametrize("tokens", ["random", "identical"])
 @pytest.mark.parametrize("measured", [0, 1, 16])
 def test_object_rows_are_finite_for_no_token_one_token_and_equal_tokens(tokens, measured):
