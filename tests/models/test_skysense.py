@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from quick import quick_jit
 
 from skyjax.config import load_config
 from skyjax.models import skysense
@@ -29,11 +30,6 @@ def tiny(**changes):
     config.fusion.update({"width": 16, "depth": 2, "heads": 2})
     config.update_from_flattened_dict(changes)
     return config
-
-
-def quick_jit(function):
-    """Most of these tests' time is compilation, and what they check does not hang on the code being fast."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_images(batch=2, sizes=SIZES, seed=0):

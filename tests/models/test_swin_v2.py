@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from quick import quick_jit
 
 from skyjax.models.layers import Compute
 from skyjax.models.swin_v2 import Block, PatchMerging, Stage, SwinV2, WindowAttention
@@ -66,7 +67,7 @@ def attention_by_loop(module, x, shift):
 )
 def test_window_attention_on_any_grid(attention, grid, shift):
     x = np.random.default_rng(0).normal(size=(*grid, 8))
-    got = attention(jnp.asarray(x[None], jnp.float32), shift)
+    got = quick_jit(lambda x: attention(x, shift))(jnp.asarray(x[None], jnp.float32))
     assert_allclose(got[0], attention_by_loop(attention, x, shift), atol=2e-5)
 
 
@@ -93,7 +94,7 @@ def test_merging_projects_each_two_by_two_patch_and_pads_odd_grids():
 def test_stochastic_depth_takes_both_branches_of_a_block():
     block = Block(8, 2, WINDOW, jnp.float32, nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 4, 4, 8))
-    assert_array_equal(block(x, 0, 1 - 1e-6, jax.random.key(1)), x)
+    assert_array_equal(quick_jit(lambda x: block(x, 0, 1 - 1e-6, jax.random.key(1)))(x), x)
 
 
 GRID = jax.random.normal(jax.random.key(1), (2, 5, 6, 8))
@@ -112,14 +113,14 @@ def run_stage(length, every, **compute):
 def test_scanned_stages_equal_the_loop(length, every):
     state, scanned = run_stage(length, every)
     _, unrolled = run_stage(length, every, scan=False)
-    assert_allclose(jax.jit(scanned)(state), jax.jit(unrolled)(state), atol=1e-5)
+    assert_allclose(quick_jit(scanned)(state), quick_jit(unrolled)(state), atol=1e-5)
 
 
 def test_scan_and_remat_keep_gradients():
     def gradient(**compute):
         state, run = run_stage(4, 2, **compute)
         weights = jnp.cos(jnp.arange(GRID.size)).reshape(GRID.shape)
-        return nnx.to_pure_dict(jax.jit(jax.grad(lambda state: jnp.sum(run(state) * weights)))(state))
+        return nnx.to_pure_dict(quick_jit(jax.grad(lambda state: jnp.sum(run(state) * weights)))(state))
 
     want = gradient(scan=False)
     for other in ({}, {"remat": "full"}):
@@ -136,7 +137,8 @@ def test_extra_norms_stand_behind_every_nth_block(every):
     stage.extra_norms.scale[...] = scale
     stage.extra_norms.bias[...] = jnp.arange(8.0 * count).reshape(count, 8)
     want = np.arange(8.0 * count)[-8:]
-    assert_allclose(stage(GRID, np.zeros(6, np.float32), None), np.broadcast_to(want, GRID.shape))
+    got = quick_jit(lambda x: stage(x, np.zeros(6, np.float32), None))(GRID)
+    assert_allclose(got, np.broadcast_to(want, GRID.shape))
 
 
 def test_contradicting_sizes_are_named():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
+from quick import quick_jit
 
 from skyjax.models.layers import Compute
 from skyjax.models.up_head import UpHead
@@ -42,7 +43,7 @@ def test_positions_are_added_to_patches_and_to_the_class_token():
 def test_scan_and_remat_change_nothing():
     def run(**compute):
         graph, state = nnx.split(make(**compute))
-        loss = jax.jit(jax.value_and_grad(lambda state: nnx.merge(graph, state)(IMAGES, key=jax.random.key(3)).var()))
+        loss = quick_jit(jax.value_and_grad(lambda state: nnx.merge(graph, state)(IMAGES, key=jax.random.key(3)).var()))
         value, gradient = loss(state)
         return value, nnx.to_pure_dict(gradient)
 
