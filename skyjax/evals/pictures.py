@@ -21,7 +21,6 @@ from skyjax.input import contact_sheet, records
 from skyjax.sample import MODALITIES, Sample, Sequence
 
 MASKED = np.array([150, 150, 150], np.uint8)
-UNCLEAR = np.array([226, 54, 84], np.uint8)
 SCANNED = 48  # records of a data set that are read to find samples of each source
 COMPONENTS = 3
 FUSED_DATES = 4  # of each modality
@@ -162,7 +161,9 @@ def date_pictures(sequence: Sequence, *, dates: int = 8, side: int = 176) -> lis
     return [
         DatePicture(
             _day(sequence.days[date]),
-            hatch(fit(contact_sheet.picture(sequence, date, limits), side), fit(sequence.clear[date], side)),
+            contact_sheet.hatch(
+                fit(contact_sheet.picture(sequence, date, limits), side), fit(sequence.clear[date], side)
+            ),
             float(sequence.clear[date].mean()),
         )
         for date in shown.tolist()
@@ -200,14 +201,6 @@ def fit(image: np.ndarray, side: int, *, grid: bool = False) -> np.ndarray:
         large[factor - 1 : -1 : factor] = large[factor - 1 : -1 : factor] // 4 * 3
         large[:, factor - 1 : -1 : factor] = large[:, factor - 1 : -1 : factor] // 4 * 3
     return large
-
-
-def hatch(image: Image, clear: Bool[np.ndarray, "h w"]) -> Image:
-    """The image with slanted stripes where it is not clear."""
-    rows, columns = np.indices(clear.shape)
-    period = max(6, max(clear.shape) // 12)
-    stripe = (rows + columns) % period < max(2, period // 5)
-    return np.where((~clear & stripe)[..., None], UNCLEAR, image).astype(np.uint8)
 
 
 def data_uri(image: Image) -> str:
@@ -314,7 +307,7 @@ def _image(modality: str, sequence: Sequence, sample: Sample, side: int) -> tupl
     (date,) = _clearest(sequence, 1).tolist()
     image = fit(_on_site(contact_sheet.picture(sequence, date), sequence, sample), side)
     clear = fit(_on_site(sequence.clear[date], sequence, sample), side)
-    return modality, _day(sequence.days[date]), hatch(image, clear)
+    return modality, _day(sequence.days[date]), contact_sheet.hatch(image, clear)
 
 
 def _on_site(image: np.ndarray, sequence: Sequence, sample: Sample) -> np.ndarray:

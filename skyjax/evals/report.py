@@ -58,14 +58,20 @@ class Run:
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
-    """Writes report.html into a run's directory and returns its path. A part that cannot be made says why."""
+    """Writes report.html into a run's directory and returns its path. A part that cannot be made says why.
+
+    Raises:
+      UserError: there is no such directory, or it may not be written.
+    """
     workdir = pathlib.Path(workdir)
+    if not workdir.is_dir():
+        raise UserError(f'"{workdir}" is not a run\'s directory; name the --workdir of a training')
     run = Run(
         workdir,
         _read_object(workdir / "config.json"),
         curves.read_metrics(workdir / "metrics.jsonl"),
         {name: str(version) for name, version in _read_object(workdir / "versions.json").items()},
-        scores.read_probes(workdir / "probe.json"),
+        scores.read_probes(workdir / scores.PROBES),
     )
     samples = _samples(run)
     sections = [
@@ -85,7 +91,10 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
         sections="".join(_section(key, title, make) for key, title, make in sections),
     )
     path = workdir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f'"{path}" cannot be written: {error.strerror}') from error
     return path
 
 

@@ -27,7 +27,7 @@ _WIDTH, _MARGIN, _GUTTER, _GAP = 1480, 32, 24, 6
 _INNER = _WIDTH - 2 * _MARGIN
 _THIRD = (_INNER - 2 * _GUTTER) // 3
 _INK, _FAINT, _PAPER, _RULE = (28, 34, 40), (112, 122, 132), (255, 255, 255), (222, 226, 230)
-_MARK = (226, 54, 84)  # not clear
+UNCLEAR = np.array([226, 54, 84], np.uint8)  # the stripes over what is not clear
 _COLOURS = {"optical": (32, 120, 90), "multispectral": (56, 92, 170), "sar": (140, 84, 20)}
 
 
@@ -111,7 +111,7 @@ def contact_sheet(samples: Iterable[Sample], path: str | os.PathLike[str]) -> pa
 def _head() -> PIL.Image.Image:
     head = PIL.Image.new("RGB", (_WIDTH, 64), _PAPER)
     draw = PIL.ImageDraw.Draw(head)
-    swatch = _hatch(np.full((22, 34, 3), 205, np.uint8), np.ones((22, 34), bool))
+    swatch = hatch(np.full((22, 34, 3), 205, np.uint8), np.zeros((22, 34), bool))
     head.paste(PIL.Image.fromarray(swatch), (_MARGIN, 26))
     words = (
         "not clear: cloud, shadow, snow or nodata     Radar: red VV, green VH, blue VV − VH"
@@ -219,16 +219,17 @@ def _thumbnail(sequence: Sequence, date: int, limits: Limits, side: int) -> PIL.
     # Few pixels are shown as they are; many are averaged.
     resample = PIL.Image.Resampling.NEAREST if max(image.size) < side else PIL.Image.Resampling.LANCZOS
     clear = PIL.Image.fromarray(sequence.clear[date]).resize((side, side), PIL.Image.Resampling.NEAREST)
-    thumbnail = PIL.Image.fromarray(_hatch(np.asarray(image.resize((side, side), resample)), ~np.asarray(clear)))
+    thumbnail = PIL.Image.fromarray(hatch(np.asarray(image.resize((side, side), resample)), np.asarray(clear)))
     PIL.ImageDraw.Draw(thumbnail).rectangle((0, 0, side - 1, side - 1), outline=_RULE)  # a white cloud on white paper
     return thumbnail
 
 
-def _hatch(image: UInt8[np.ndarray, "h w 3"], where: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
-    """Diagonal lines over a part of an image, which stays visible between them."""
-    rows, columns = np.indices(where.shape)
-    lines = where & ((rows + columns) % 8 < 2)
-    return np.where(lines[..., None], np.array(_MARK, np.uint8), image)
+def hatch(image: UInt8[np.ndarray, "h w 3"], clear: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with slanted stripes where it is not clear; it stays visible between them."""
+    rows, columns = np.indices(clear.shape)
+    period = max(6, max(clear.shape) // 12)
+    stripe = (rows + columns) % period < max(2, period // 5)
+    return np.where((~clear & stripe)[..., None], UNCLEAR, image).astype(np.uint8)
 
 
 @functools.cache

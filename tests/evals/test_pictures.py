@@ -11,12 +11,10 @@ from skyjax.errors import BadRecord
 from skyjax.evals import pictures
 from skyjax.evals.pictures import (
     MASKED,
-    UNCLEAR,
     data_uri,
     date_pictures,
     feature_pictures,
     fit,
-    hatch,
     principal_components,
 )
 from skyjax.input import records
@@ -221,16 +219,6 @@ def test_a_grid_darkens_the_border_between_places_only():
     want[7] = 120
     want[:, 7] = np.where(np.arange(16) == 7, 90, 120)
     assert_array_equal(large[..., 0], want)
-
-
-def test_stripes_lie_on_unclear_pixels_alone():
-    image = np.zeros((20, 20, 3), np.uint8)
-    clear = np.ones((20, 20), bool)
-    clear[:, 10:] = False
-    striped = hatch(image, clear)
-    assert_array_equal(striped[:, :10], 0)
-    share = (striped[:, 10:] == UNCLEAR).all(-1).mean()
-    assert 0.1 < share < 0.5
 
 
 def test_a_data_uri_holds_the_image():

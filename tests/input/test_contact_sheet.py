@@ -8,7 +8,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from skyjax.errors import UserError
-from skyjax.input.contact_sheet import contact_sheet, picture, stretch
+from skyjax.input.contact_sheet import UNCLEAR, contact_sheet, hatch, picture, stretch
 from skyjax.sample import Sample, make_sequence
 
 MARK = (226, 54, 84)
@@ -127,3 +127,13 @@ def test_contact_sheet_s_errors(tmp_path):
         contact_sheet(samples(), tmp_path / "file" / "a.png")
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         contact_sheet(samples(), "/dev/full")
+
+
+def test_stripes_lie_on_unclear_pixels_alone():
+    image = np.zeros((20, 20, 3), np.uint8)
+    clear = np.ones((20, 20), bool)
+    clear[:, 10:] = False
+    striped = hatch(image, clear)
+    assert_array_equal(striped[:, :10], 0)
+    share = (striped[:, 10:] == UNCLEAR).all(-1).mean()
+    assert 0.1 < share < 0.5
