@@ -8,16 +8,13 @@ import dataclasses
 import datetime
 import json
 import logging
-import os
 import pathlib
-import platform
 import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-import jax
 import numpy as np
 
 from skyjax.errors import UserError
@@ -25,6 +22,7 @@ from skyjax.evals import curves, gallery, pictures, scores
 from skyjax.evals.charts import Mark, short
 from skyjax.evals.curves import Figure, Metrics
 from skyjax.sample import MODALITIES, Sample
+from skyjax.train.loop import machine
 from skyjax.train.pretrained import Pretrained
 
 TEMPLATE = pathlib.Path(__file__).with_suffix(".html")
@@ -169,7 +167,7 @@ def _facts(run: Run) -> dict[str, str]:
     return {
         "Last step logged" if log.is_file() else "Written": f"{when:%Y-%m-%d %H:%M}",
         "Git revision": revision[:12] + (", with local changes" if dirty else ""),
-        "Hardware" if "hardware" in run.versions else "This page made on": run.versions.get("hardware", _machine()),
+        "Hardware" if "hardware" in run.versions else "This page made on": run.versions.get("hardware", machine()),
         "Duration": "not recorded" if seconds is None else _duration(seconds),
         "Steps": f"{run.step:,}" + (f" of {run.steps:,}" if run.steps else ""),
         "Samples seen": f"{run.step * batch:,}" if isinstance(batch, int) else "not recorded",
@@ -177,14 +175,6 @@ def _facts(run: Run) -> dict[str, str]:
         "Effective rank, fused": "–" if rank is None else short(rank),
         "Samples a second, median": short(float(np.nanmedian(speed))) if np.isfinite(speed).any() else "–",
     }
-
-
-def _machine() -> str:
-    """What this process computes on."""
-    devices = jax.local_devices()
-    if devices[0].platform == "cpu":
-        return f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    return f"{len(devices)} × {devices[0].device_kind}"
 
 
 def _duration(seconds: float) -> str:

@@ -8,9 +8,12 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import pathlib
 import platform
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +39,7 @@ from skyjax.train.watchdog import Watchdog
 log = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_FAILED = 0, 1
+ABOUT_THE_RUN = ("git", "hardware", "command")  # in versions.json, beside versions of packages
 NONFINITE_LIMIT = 10  # updates skipped in a row that end a run
 
 Evaluator = Callable[[states.State, int], Mapping[str, float]]
@@ -125,7 +129,11 @@ def start(
     now = versions()
     if restored:
         notes = restored[1]
-        other = [f"{name} {was}" for name, was in notes["versions"].items() if name != "git" and was != now.get(name)]
+        other = [
+            f"{name} {was}"
+            for name, was in notes["versions"].items()
+            if name not in ABOUT_THE_RUN and was != now.get(name)
+        ]
         if other:
             log.warning("this run was begun with %s; numbers may differ in the last bits", ", ".join(other))
     notes |= {"config": json.loads(to_json(config)), "versions": now}
@@ -193,14 +201,23 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on, and the revision of this checkout where it is one."""
+    """Versions of what the numbers depend on, the machine, the command and this checkout's revision where it is one."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     found = {"skyjax": __version__, "python": platform.python_version()}
     found |= {package: importlib.metadata.version(package) for package in packages}
+    found |= {"hardware": machine(), "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])}
     git = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # installed from a wheel
         found["git"] = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     return found
+
+
+def machine() -> str:
+    """What this process computes on, in words."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    return f"{len(devices)} × {devices[0].device_kind}"
 
 
 def write_files(workdir: pathlib.Path, files: Mapping[str, str]) -> None:
