@@ -10,6 +10,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from skyjax.input.loader import Loader
 from skyjax.parallel.mesh import make_mesh
+from skyjax.parallel.sharding import batch_sharding
 from skyjax.train import loop, state
 
 STEPS = 30
@@ -56,25 +57,36 @@ def first(config, _quick_compilation):
 
 
 @pytest.fixture(scope="package")
-def compiled(config, first):
-    """(`first`, step) of that config."""
-    return first, loop.jit_step(config, loop.statistics_table(config.model), first, make_mesh(config.mesh))
+def jitted(config, first):
+    """The step of that config; compiles at its first call, and not again if it is called as the loop calls it."""
+    return loop.jit_step(config, loop.statistics_table(config.model), first, make_mesh(config.mesh))
+
+
+@pytest.fixture(scope="package")
+def step(config, jitted):
+    """`jitted`, called as the loop calls it: under the mesh."""
+    mesh = make_mesh(config.mesh)
+
+    def call(state, batch):
+        with jax.set_mesh(mesh):
+            return jitted(state, batch)
+
+    return call
 
 
 @pytest.fixture(scope="package")
 def batch(config):
-    """The first batch, on the host."""
+    """The first batch, on the device."""
     loader = Loader(config)
-    first = next(loader)
+    host = next(loader)
     loader.close()
-    return first
+    return jax.device_put(host, batch_sharding(make_mesh(config.mesh)))
 
 
 @pytest.fixture
-def quick(monkeypatch, compiled):
-    """Lets loop.train use `compiled` instead of compiling for itself."""
-    first, step = compiled
-    monkeypatch.setattr(loop, "jit_step", lambda *_: step)
+def quick(monkeypatch, first, jitted):
+    """Lets loop.train use `first` and `jitted` instead of compiling for itself."""
+    monkeypatch.setattr(loop, "jit_step", lambda *_: jitted)
     monkeypatch.setattr(loop.states, "create", lambda *_: jax.tree.map(jnp.copy, first))
 
 

@@ -41,12 +41,11 @@ def changed(config, **changes):
 
 
 @pytest.fixture(scope="module")
-def straight(config, compiled, tmp_path_factory):
+def straight(config, first, jitted, tmp_path_factory):
     """The run that was never stopped; copy its folder before it is changed."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        first, step = compiled
-        patch.setattr(loop, "jit_step", lambda *_: step)
+        patch.setattr(loop, "jit_step", lambda *_: jitted)
         patch.setattr(loop.states, "create", lambda *_: jax.tree.map(lambda x: x.copy(), first))
         assert loop.train(config, workdir) == 0
     return workdir
@@ -70,7 +69,7 @@ def test_training_lowers_the_loss(straight):
     assert np.mean(loss[-5:]) < np.mean(loss[:5])
 
 
-def test_preempted_and_resumed_equals_never_stopped(straight, config, quick, compiled, tmp_path, assert_same_bits):
+def test_preempted_and_resumed_equals_never_stopped(straight, config, quick, jitted, tmp_path, assert_same_bits):
     """SIGTERM while step 13 is evaluated: one more step, and its checkpoint, which was due at 20 only."""
     reports, evaluated = [], []
 
@@ -89,7 +88,7 @@ def test_preempted_and_resumed_equals_never_stopped(straight, config, quick, com
     assert reports == [tmp_path]
     assert lines(tmp_path) == lines(straight)
     assert_same_bits(final_state(tmp_path, config), final_state(straight, config))
-    assert compiled[1]._cache_size() == 1  # neither a restored state nor a new start compiles again
+    assert jitted._cache_size() == 1  # neither a restored state nor a new start compiles again
 
 
 def test_a_damaged_newest_checkpoint_costs_its_steps_only(straight, config, quick, tmp_path, assert_same_bits, caplog):
@@ -118,9 +117,8 @@ def test_another_config_is_refused_with_every_key(straight, config):
 
 
 @pytest.fixture
-def fake_step(monkeypatch, config, compiled):
+def fake_step(monkeypatch, config, first):
     """A step that only counts: what the loop does around it is in question. Returns the steps it was called with."""
-    first, _ = compiled
     called = []
 
     def step(state, batch):

@@ -59,8 +59,7 @@ def test_every_device_has_its_share_of_the_batch(spread, config):
     assert spread["rows"] == config.batch_size // 8
 
 
-def test_losses_and_parameters_equal_those_of_one_device(spread, compiled, batch):
-    first, step = compiled
+def test_losses_and_parameters_equal_those_of_one_device(spread, first, step, batch):
     after, metrics = step(jax.tree.map(jnp.copy, first), batch)
     for name, value in metrics.items():
         # The rank is an eigenvalue problem of nearly equal features, and the norm is dominated by their differences.

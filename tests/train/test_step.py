@@ -16,15 +16,13 @@ def copy(tree):
 
 
 @pytest.fixture(scope="module")
-def stepped(compiled, batch):
+def stepped(first, step, batch):
     """(state before, state after, metrics) of one step."""
-    first, step = compiled
     after, metrics = step(copy(first), batch)
     return first, after, {name: float(value) for name, value in metrics.items()}
 
 
-def test_teacher_starts_as_a_copy_in_buffers_of_its_own(compiled, assert_same_bits):
-    first, _ = compiled
+def test_teacher_starts_as_a_copy_in_buffers_of_its_own(first, assert_same_bits):
     assert_same_bits(first["teacher"], first["params"])
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(first)]
     assert len(set(pointers)) == len(pointers)
@@ -47,8 +45,7 @@ def test_teacher_is_the_moving_average_by_the_schedule(stepped, config):
     assert max(jax.tree.leaves(moved)) > 1e-5
 
 
-def test_momentum_follows_the_step_of_the_state(compiled, batch, config):
-    first, step = compiled
+def test_momentum_follows_the_step_of_the_state(first, step, batch, config):
     late = copy(first)
     late["step"] += 20
     _, metrics = step(late, batch)
@@ -67,8 +64,7 @@ def test_metrics_have_every_term_and_their_weighted_sum_is_the_loss(stepped, con
     assert np.isfinite(list(metrics.values())).all()
 
 
-def test_a_step_that_is_not_finite_leaves_the_state_bit_equal(compiled, batch, assert_same_bits):
-    first, step = compiled
+def test_a_step_that_is_not_finite_leaves_the_state_bit_equal(first, step, batch, assert_same_bits):
     poisoned = copy(first)
     poisoned["params"]["encoder"]["fusion"]["extra_token"] *= jnp.inf
     poisoned["counters"]["nonfinite_in_a_row"] += 3
@@ -81,8 +77,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_bit_equal(compiled, batch, a
     assert (int(after["counters"]["skipped"]), int(after["counters"]["nonfinite_in_a_row"])) == (1, 4)
 
 
-def test_a_finite_step_ends_the_row(compiled, batch):
-    first, step = compiled
+def test_a_finite_step_ends_the_row(first, step, batch):
     counted = copy(first)
     counted["counters"] = {"skipped": first["counters"]["skipped"] + 5, "nonfinite_in_a_row": first["step"] + 3}
     after, metrics = step(counted, batch)
@@ -90,9 +85,9 @@ def test_a_finite_step_ends_the_row(compiled, batch):
     assert int(after["counters"]["skipped"]) == 5
 
 
-def test_the_step_was_compiled_once(compiled):
+def test_the_step_was_compiled_once(stepped, jitted):
     """After all that the tests above gave it: fresh states, late ones and poisoned ones."""
-    assert compiled[1]._cache_size() == 1
+    assert jitted._cache_size() == 1
 
 
 def test_split_takes_every_kth_sample():
