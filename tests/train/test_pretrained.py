@@ -55,8 +55,9 @@ def test_encode_equals_the_model_on_images_normalised_by_hand(saved, samples, co
         }
     want = skysense.apply(config.model, teacher, images)
     assert got["fused"].shape == (1, 8, 8, config.model.fusion.width)
-    assert_allclose(got["fused"], want["fused"], atol=1e-5)
-    assert_allclose(got["spatial"]["sar"], want["spatial"]["sar"], atol=1e-5)
+    # float32 rounds by the size of the numbers, and a compiled program in another order than one run op by op.
+    for found, wanted in ((got["fused"], want["fused"]), (got["spatial"]["sar"], want["spatial"]["sar"])):
+        assert_allclose(found, wanted, atol=1e-5 * float(np.abs(wanted).max()))
     assert got["context"] is None
     assert isinstance(got["pooled"], np.ndarray)
 
