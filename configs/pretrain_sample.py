@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Every key that the run reads, with its reason where the number is not plain."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.steps = 600
+    config.steps = 450
     config.batch_size = 32  # global, samples
     config.micro_batches = 1  # gradient accumulation: batch_size / micro_batches samples at a time
     config.checkpoint = ml_collections.ConfigDict({"every": 100, "keep": 2, "keep_every": 0})
@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict(
         {
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "final_learning_rate": 1e-5,
             "warmup_steps": 40,
             "weight_decay": 0.05,
@@ -50,12 +50,12 @@ def _data() -> ml_collections.ConfigDict:
         {
             # Folders made by `skyjax data build`, with their share of the samples.
             "sources": (
-                ("runs/records/eurosat", 0.55),
-                ("runs/records/benv2", 0.15),
-                ("runs/records/worldcereal", 0.1),
-                ("runs/records/triples", 0.08),
-                ("runs/records/pastis", 0.06),
-                ("runs/records/treesatai", 0.04),
+                ("runs/records/eurosat", 0.7),
+                ("runs/records/benv2", 0.1),
+                ("runs/records/worldcereal", 0.06),
+                ("runs/records/triples", 0.05),
+                ("runs/records/pastis", 0.04),
+                ("runs/records/treesatai", 0.03),
                 ("runs/records/flair2", 0.02),
             ),
             "threads": 2,
@@ -64,12 +64,12 @@ def _data() -> ml_collections.ConfigDict:
             "dates": {"optical": 1, "multispectral": 3, "sar": 3},
             "global_views": {
                 "size": {"optical": 64, "multispectral": 8, "sar": 8},  # pixels a side
-                "area": (0.5, 1.0),  # share of the site
+                "area": (0.3, 1.0),  # share of the site
             },
             "local_views": {
                 "count": 2,
                 "size": {"optical": 32, "multispectral": 4, "sar": 4},
-                "area": (0.15, 0.4),
+                "area": (0.1, 0.3),
                 "dates": {"optical": 1, "multispectral": 2, "sar": 2},
             },
             "augment": {
@@ -100,6 +100,7 @@ def _model() -> ml_collections.ConfigDict:
                     "kind": "swin_v2",
                     "sensors": ("rgb", "aerial"),
                     "bands": ("red", "green", "blue"),
+                    "stem": "patch",  # or "conv"
                     "patch_size": 4,
                     "width": 48,
                     "depths": (2, 2, 2),
@@ -144,7 +145,7 @@ def _objective() -> ml_collections.ConfigDict:
             "head_hidden": 128,
             "head_bottleneck": 64,
             "student_temperature": 0.1,
-            "teacher_temperature": (0.04, 0.07),  # start, end; cosine
+            "teacher_temperature": (0.02, 0.04),  # start, end; cosine
             "sinkhorn_iterations": 3,
             "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.1},
             "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; negatives from each other sample

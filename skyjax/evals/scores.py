@@ -162,8 +162,8 @@ def details(result: Mapping[str, Any]) -> str:
     words = [str(result["dataset"])] if result.get("dataset") else []
     words += [f"{len(result['classes'])} classes"] if result.get("classes") else []
     words += [f"{count:,} {part}" for part, count in (result.get("sizes") or {}).items()]
-    split = (result.get("settings") or {}).get("split")
-    words += [f"split: {split}"] if split else []
+    settings = result.get("settings") or {}
+    words += [f"{key}: {settings[key]}" for key in ("pooling", "split") if settings.get(key)]
     notes = "".join(f"<br>Note: {escape(str(note))}." for note in result.get("notes") or ())
     return f'<p class="details">{escape("; ".join(words))}{notes}</p>' if words or notes else ""
 

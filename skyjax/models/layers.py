@@ -120,6 +120,21 @@ class LayerNorm(nnx.LayerNorm):
         return super().__call__(x.reshape(-1, x.shape[-1]), mask=mask).astype(x.dtype).reshape(x.shape)
 
 
+def unit_bias(width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A bias as large as what it is added to.
+
+    The norm that follows takes the length off each token, and with it how bright a patch is and how much contrast it
+    has, the best that a small model has to go by; beside a bias they turn the token's direction and stay.
+    """
+    return nnx.Param(jax.random.normal(rngs.params(), (width,)))
+
+
+def scale_up_missing(tokens: Float[Array, "n i j d"], bands: Bool[Array, "n c"]) -> Float[Array, "n i j d"]:
+    """What the present bands add to an embedding, scaled by their share: its size tells not how many there are."""
+    share = jnp.maximum(bands.mean(-1), 1 / bands.shape[-1])
+    return tokens * (1 / share).astype(tokens.dtype)[:, None, None, None]
+
+
 class PatchEmbed(nnx.Module):
     """A convolution whose stride is its size; images are padded with zeros at the bottom and right to whole patches."""
 
@@ -128,7 +143,7 @@ class PatchEmbed(nnx.Module):
     ):
         init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (patch_size, patch_size, channels, width), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(width)) if use_bias else None
+        self.bias = unit_bias(width, rngs) if use_bias else None
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "n h w c"], bands: Bool[Array, "n c"] | None = None) -> Float[Array, "n i j d"]:
@@ -136,8 +151,7 @@ class PatchEmbed(nnx.Module):
 
         Args:
           x: images; a masked band must hold zeros.
-          bands: the bands that are there. A missing one adds nothing, and what the others add is scaled up by the
-            share present, so that the embedding's size doesn't tell how many there are.
+          bands: the bands that are there. A missing one adds nothing; see `scale_up_missing`.
         """
         kernel = self.kernel[...].astype(self.dtype)
         patch = kernel.shape[0]
@@ -147,8 +161,7 @@ class PatchEmbed(nnx.Module):
         patches = x.reshape(n, rows, patch, columns, patch, c).swapaxes(2, 3).reshape(n * rows * columns, -1)
         tokens = (patches @ kernel.reshape(patches.shape[1], -1)).reshape(n, rows, columns, -1)
         if bands is not None:
-            share = jnp.maximum(bands.mean(-1), 1 / c)
-            tokens = tokens * (1 / share).astype(self.dtype)[:, None, None, None]
+            tokens = scale_up_missing(tokens, bands)
         return tokens if self.bias is None else tokens + self.bias[...].astype(self.dtype)
 
 

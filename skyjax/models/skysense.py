@@ -190,6 +190,7 @@ def _swin(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.
         heads=part.heads,
         window=part.window,
         extra_norm_every=part.extra_norm_every,
+        stem=part.get("stem", "patch"),
         compute=compute,
         rngs=rngs,
     )

@@ -29,10 +29,14 @@ from skyjax.models.layers import (
     stack,
     take_layers,
 )
+from skyjax.models.stem import ConvStem
 
 EPSILON = 1e-5
 BIAS_HIDDEN = 512  # width of the position-bias MLP
 MAX_LOGIT_SCALE = math.log(100.0)
+
+
+STEMS = {"patch": PatchEmbed, "conv": ConvStem}
 
 
 class SwinV2(nnx.Module):
@@ -50,12 +54,15 @@ class SwinV2(nnx.Module):
         extra_norm_every: int,
         compute: Compute,
         rngs: nnx.Rngs,
+        stem: str = "patch",
     ):
         if len(depths) != len(heads):
             raise ValueError(f"depths {tuple(depths)} and heads {tuple(heads)} name different numbers of stages")
         if any(length % 2 for length in depths):
             raise ValueError(f"depths {tuple(depths)}: a stage is made of pairs of blocks, so each depth must be even")
-        self.patch_embed = PatchEmbed(patch_size, channels, width, compute.dtype, rngs)
+        if stem not in STEMS:
+            raise ValueError(f'stem "{stem}" is not known; it is one of {", ".join(STEMS)}')
+        self.patch_embed = STEMS[stem](patch_size, channels, width, compute.dtype, rngs)
         self.patch_norm = LayerNorm(width, EPSILON, rngs)
         for i, length in enumerate(depths):
             stage = Stage(width * 2**i, length, heads[i], window, extra_norm_every, i > 0, compute, rngs)
