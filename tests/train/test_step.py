@@ -97,6 +97,34 @@ def test_split_takes_every_kth_sample():
     assert parts["global"]["x"].tolist() == [[[0, 1], [6, 7]], [[2, 3], [8, 9]], [[4, 5], [10, 11]]]
 
 
+def one_gradient(tiny_config, **changes):
+    """The batch, and loss, terms and gradients to it, of a model of one modality with these changes."""
+    config = tiny_config(modalities=("multispectral",), **changes)
+    tables = loop.statistics_table(config.model)
+    statistics = {m: (np.float32(t["mean"]), np.float32(t["std"])) for m, t in tables.items()}
+    loader = Loader(config)
+    batch = next(loader)
+    loader.close()
+    params = state.init_params(config, jax.random.key(0))
+    # The teacher differs, or student and teacher would agree and gradients would be small.
+    teacher = state.init_params(config, jax.random.key(1))
+    run = jax.jit(lambda *x: loss_and_gradients(config, statistics, *x))
+    return batch, *run(params, teacher, batch, jnp.int32(0))
+
+
+def test_bfloat16_computes_near_float32_and_keeps_float32_gradients(tiny_config):
+    changes = {"model__drop_path": 0.0, "data__local_views__count": 0}
+    _, want, _, right = one_gradient(tiny_config, **changes)
+    _, got, _, gradients = one_gradient(tiny_config, model__dtype="bfloat16", **changes)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+    assert_allclose(got, want, rtol=2e-2)
+    flat, flat_right = (
+        jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in (gradients, right)
+    )
+    cosine = flat @ flat_right / jnp.linalg.norm(flat) / jnp.linalg.norm(flat_right)
+    assert cosine > 0.98
+
+
 def test_micro_batches_equal_the_whole_batch(tiny_config):
     """With terms that are per sample: no balancing, no alignment, no spread, no drop path."""
     changes = {
@@ -107,20 +135,8 @@ def test_micro_batches_equal_the_whole_batch(tiny_config):
         "objective__weights__alignment": 0.0,
         "objective__weights__spread": 0.0,
     }
-    results = []
-    for parts in (1, 2):
-        config = tiny_config(modalities=("multispectral",), micro_batches=parts, **changes)
-        tables = loop.statistics_table(config.model)
-        statistics = {m: (np.float32(t["mean"]), np.float32(t["std"])) for m, t in tables.items()}
-        loader = Loader(config)
-        batch = next(loader)
-        loader.close()
-        params = state.init_params(config, jax.random.key(0))
-        # The teacher differs, or student and teacher would agree and gradients would be small.
-        teacher = state.init_params(config, jax.random.key(1))
-        run = jax.jit(lambda *x, config=config, statistics=statistics: loss_and_gradients(config, statistics, *x))
-        results.append(run(params, teacher, batch, jnp.int32(0)))
-    (whole, terms, gradients), (summed, parts_terms, parts_gradients) = results
+    (batch, *whole), (_, *summed) = (one_gradient(tiny_config, micro_batches=parts, **changes) for parts in (1, 2))
+    (whole, terms, gradients), (summed, parts_terms, parts_gradients) = whole, summed
     # The parts must differ in what they hold, or counts could be mixed up without a trace.
     valid = np.asarray(batch["global"]["multispectral"]["student_valid"]).sum((1, 2))
     assert valid[::2].sum() != valid[1::2].sum()
