@@ -126,7 +126,7 @@ def _add_report(verbs: Any) -> None:
 def _report(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.evals.report import write_report
 
-    print(write_report(options.workdir))
+    print(f"Report: {write_report(options.workdir)}")
     return 0
 
 

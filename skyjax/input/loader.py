@@ -111,7 +111,7 @@ class Loader:
                 )
 
     def _views(self, index: int, place: Place) -> dict[str, Any]:
-        """The views at a global position. A bad record keeps its place as an empty sample (DESIGN.md, section 3)."""
+        """The views at a global position. A bad record keeps its place as an empty sample."""
         source, number = place
         with self._lock:
             self._read += 1

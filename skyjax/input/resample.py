@@ -58,7 +58,7 @@ def cut(
 
     Only the window's pixels of the chosen dates are read. A slice is returned bit for bit; what is resampled is the
     mean of clear, finite pixels by their weights, rounded to the stored type. A wanted pixel is clear when at least
-    half of its weight is (DESIGN.md, rule 7); values where it is not clear carry no meaning and may be NaN in a slice.
+    half of its weight is; values where it is not clear carry no meaning and may be NaN in a slice.
     """
     if rows.is_slice and columns.is_slice:
         window = (dates, _run(rows, values.shape[1]), _run(columns, values.shape[2]))

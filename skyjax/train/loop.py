@@ -1,6 +1,6 @@
 """The training loop: a config and a folder in, a trained run that can be started again out.
 
-The order of the loop's body (DESIGN.md, section 3, rule 5) is what makes a resumed run equal to one that was never
+The order of the loop's body (CONTRIBUTING.md, rule 4) is what makes a resumed run equal to one that was never
 stopped: evaluate and save the old state before the next batch is drawn, and write the metrics before the checkpoint.
 """
 
