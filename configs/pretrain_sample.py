@@ -1,7 +1,8 @@
 """The whole framework on real data, small: optical, multispectral and SAR sequences of data/sample.
 
 make pretrain, or: skyjax train --config=configs/pretrain_sample.py --workdir=runs/pretrain_sample
-Two CPU cores, about 7 minutes.
+Two CPU cores, 7 minutes, 4.8 GB. kNN 20 on data/sample/eurosat_rgb: 60 % (untrained 55 %), optical encoder alone 64 %
+(58 %); image statistics 71 %. Seven minutes are a test of the whole, not a foundation model.
 """
 
 import ml_collections
@@ -25,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.optimizer = ml_collections.ConfigDict(
         {
-            "learning_rate": 2e-3,
+            "learning_rate": 1.5e-3,
             "final_learning_rate": 1e-5,
             "warmup_steps": 40,
             "weight_decay": 0.05,
@@ -76,11 +77,12 @@ def _data() -> ml_collections.ConfigDict:
                 "date_jitter": 5,  # days, uniform, student only
                 "drop_date": 0.2,  # student only
                 "drop_modality": 0.2,
-                "brightness": 0.3,
-                "contrast": 0.3,
-                "saturation": 0.3,
+                # Weak: colour is a measurement here, and tells classes apart.
+                "brightness": 0.1,
+                "contrast": 0.15,
+                "saturation": 0.15,
                 "blur": 0.3,  # probability
-                "solarize": 0.1,  # probability
+                "solarize": 0.0,  # probability
                 "speckle": 0.5,  # dB, standard deviation, SAR
                 "gain": 1.0,  # dB, SAR
             },
@@ -140,14 +142,14 @@ def _model() -> ml_collections.ConfigDict:
 def _objective() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
-            "kind": "dino",  # or "infonce"
+            "kind": "infonce",  # or "dino": positives only, which needs longer than minutes (docs/findings.md)
             "classes": 256,
             "head_hidden": 128,
             "head_bottleneck": 64,
             "student_temperature": 0.1,
             "teacher_temperature": (0.02, 0.04),  # start, end; cosine
             "sinkhorn_iterations": 3,
-            "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.1},
+            "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.02},
             "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; negatives from each other sample
             "chunk": 1024,  # rows of a sample scored at a time; more are recomputed in the backward pass
             "pixel": {"tokens": 8},  # places scored a sample, view and date

@@ -51,6 +51,7 @@ TINY = {
     "model.fusion.width": 16,
     "model.fusion.depth": 1,
     "model.fusion.heads": 1,
+    "objective.kind": "dino",  # with Sinkhorn-Knopp, classes and temperatures: more of the program than InfoNCE
     "objective.classes": 16,
     "objective.head_hidden": 8,
     "objective.head_bottleneck": 8,
