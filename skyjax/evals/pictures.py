@@ -324,4 +324,6 @@ def _on_site(image: np.ndarray, sequence: Sequence, sample: Sample) -> np.ndarra
 
 
 def _day(days: int) -> str:
+    if days == 0:  # docs/records.md
+        return "date unknown"
     return str(np.datetime64(0, "D") + np.timedelta64(int(days), "D"))

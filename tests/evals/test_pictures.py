@@ -241,6 +241,7 @@ def test_dates_are_spread_over_the_sequence_and_absent_ones_left_out():
     found.valid[:] = False
     assert date_pictures(found) == []
     assert date_pictures(sequence(noise(1, 4, 4, 3)))[0].image.shape == (176, 176, 3)
+    assert date_pictures(sequence(noise(1, 4, 4, 3), days=[0]))[0].day == "date unknown"
 
 
 def test_a_record_that_cannot_be_read_is_passed_over(sample_records, monkeypatch):
