@@ -156,5 +156,6 @@ def _objective() -> ml_collections.ConfigDict:
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
             "alignment": {"temperature": 0.1},  # where the learned temperature starts
             "rank_alarm": 2.0,  # warn when the effective rank of the fused features falls below
+            "spread_alarm": 0.005,  # likewise their spread, which is 1 / sqrt(width) where they point everywhere
         }
     )

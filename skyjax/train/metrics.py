@@ -233,17 +233,21 @@ class Journal:
         self._watch_collapse(step, values)
 
     def _watch_collapse(self, step: int, values: Mapping[str, float]) -> None:
-        """Says when the rank falls below the alarm; not before the warm-up is over, when it says nothing yet."""
-        alarm = self._config.objective.rank_alarm
-        collapsed = step >= self._config.optimizer.warmup_steps and values["rank/fused"] < alarm
-        if collapsed and not self._collapsed:
+        """Says when rank or spread falls below its alarm; not before the warm-up is over, when they say nothing yet.
+
+        A cloud of features that shrinks evenly keeps its rank, one that flattens may keep its spread.
+        """
+        objective = self._config.objective
+        rank, spread = values["rank/fused"], values["spread/fused"]
+        share = min(rank / objective.rank_alarm, spread / objective.spread_alarm)
+        if step >= self._config.optimizer.warmup_steps and share < 1 and not self._collapsed:
             self.say(
-                f"step {step}: the effective rank of the fused features is {values['rank/fused']:.2f}, below {alarm:g}"
-                f" (spread {values['spread/fused']:.3g}): they collapse. Raise objective.weights.spread or lower"
-                " optimizer.learning_rate"
+                f"step {step}: the fused features collapse: effective rank {rank:.2f} (alarm below"
+                f" {objective.rank_alarm:g}), spread {spread:.3g} (alarm below {objective.spread_alarm:g}). Raise"
+                " objective.weights.spread or lower optimizer.learning_rate"
             )
             self._collapsed = True
-        elif values["rank/fused"] > 1.5 * alarm:  # well above, or a rank near the alarm would warn again and again
+        elif share > 1.5:  # well above, or a value near its alarm would warn again and again
             self._collapsed = False
 
     def say(self, text: str) -> None:

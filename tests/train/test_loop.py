@@ -124,14 +124,15 @@ def fake_step(monkeypatch, config, first):
     def step(state, batch):
         called.append(int(batch["index"][0]))
         names = ("loss", "rank/fused", "spread/fused", "skipped", "nonfinite_in_a_row")
-        values = dict.fromkeys(names, 3.0) | {"nonfinite_in_a_row": fake.nonfinite, "rank/fused": fake.rank}
+        values = dict.fromkeys(names, 3.0) | {"nonfinite_in_a_row": fake.nonfinite}
+        values |= {"rank/fused": fake.rank, "spread/fused": fake.spread}
         fake.nonfinite += fake.nonfinite > 0
         return {**state, "step": state["step"] + 1}, values
 
     def fake(*_):
         return step
 
-    fake.nonfinite, fake.rank, fake.called = 0, 3.0, called
+    fake.nonfinite, fake.rank, fake.spread, fake.called = 0, 3.0, 0.05, called
     monkeypatch.setattr(loop, "jit_step", fake)
     monkeypatch.setattr(loop.states, "create", lambda *_: first)
     return fake
@@ -169,10 +170,20 @@ def test_ten_in_a_row_that_are_not_finite_end_the_run(fake_step, config, tmp_pat
     assert "the last good checkpoint is that of step 8" in " ".join(errors.split())
 
 
-def test_a_collapse_is_said_once(fake_step, config, tmp_path, capfd):
-    fake_step.rank = 1.25
+@pytest.mark.parametrize(
+    ("rank", "spread", "said"),
+    [
+        (1.25, 0.05, "effective rank 1.25 (alarm below 2)"),
+        (3.0, 0.001, "spread 0.001 (alarm below 0.005)"),
+        (3, 0.05, ""),
+    ],
+)
+def test_a_collapse_is_said_once(fake_step, config, tmp_path, capfd, rank, spread, said):
+    fake_step.rank, fake_step.spread = rank, spread
     assert loop.train(config, tmp_path) == 0
-    assert capfd.readouterr().err.count("the effective rank of the fused features is 1.25, below 2") == 1
+    errors = " ".join(capfd.readouterr().err.split())
+    assert errors.count("features collapse") == bool(said)
+    assert said in errors
 
 
 def test_bad_records_end_the_run(fake_step, config, tmp_path, monkeypatch):
