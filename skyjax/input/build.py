@@ -32,13 +32,9 @@ logger = logging.getLogger("skyjax")
 
 
 @dataclasses.dataclass(frozen=True)
-class Summary:
-    """What was built: the folder, samples, bytes on disk, what dataset.json says, bad file -> reason."""
+class Summary(records.Summary):
+    """What was written, and each file that could not be used -> reason."""
 
-    folder: pathlib.Path
-    count: int
-    size: int
-    description: dict[str, Any]
     bad: dict[str, str]
 
     def __str__(self) -> str:

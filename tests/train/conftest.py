@@ -18,7 +18,7 @@ STEPS = 30
 
 @pytest.fixture(scope="session")
 def compile_cache(tmp_path_factory):
-    """A folder where this session, its workers and the processes that they start keep what they compiled."""
+    """A folder where this test run, its workers and the processes that they start keep what they compiled."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
     folder.mkdir(exist_ok=True)
