@@ -22,18 +22,18 @@ OTHER_COLOURS = ("s-a", "s-b", "s-c", "s-rest")
 LEVELS = {
     "pixel": (
         "Pixel level",
-        "A place in one view should fall in the same class as that place, on that day, in the teacher's other view.",
-        "flat at the dotted line (a uniform guess) after the warm-up.",
+        "A place in one view should be told as that place, on that day, in the teacher's other view.",
+        "flat after the warm-up, above all at a dotted line, which is a uniform guess.",
     ),
     "object": (
         "Object level",
         "The same for groups of like places, such as fields or roofs, found in the teacher's view.",
-        "flat at the dotted line, or near 0 within a few steps: all groups have become one.",
+        "flat after the warm-up, or near 0 within a few steps: all groups have become one.",
     ),
     "image": (
         "Image level",
         "The same for the mean over the whole view.",
-        "flat at the dotted line, or near 0 within a few steps: all images have become one.",
+        "flat after the warm-up, or near 0 within a few steps: all images have become one.",
     ),
     "alignment": (
         "Alignment between modalities",
