@@ -35,10 +35,10 @@ def make_step(
       statistics: modality -> mean and std, each (sensors, bands), by which images are normalised.
 
     Returns:
-      A function of a state and a batch on the device. Metrics are float32 scalars: "loss", "loss/TERM" for every term,
-      "rank/..." and "spread/..." of the features, "gradient_norm" before clipping, "learning_rate",
-      "teacher_momentum", "teacher_temperature", "skipped" so far, "nonfinite_in_a_row". A step whose loss or gradient
-      is not finite changes nothing but `step` and the counters.
+      A function of a state and a batch on the device. Metrics are float32 scalars: "loss", "loss/TERM" for every term
+      (NaN where the batch has nothing of it), "rank/..." and "spread/..." of the features, "gradient_norm" before
+      clipping, "learning_rate", "teacher_momentum", "teacher_temperature", "skipped" so far, "nonfinite_in_a_row". A
+      step whose loss or gradient is not finite changes nothing but `step` and the counters.
     """
 
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
@@ -58,7 +58,8 @@ def make_step(
         }
         metrics = {
             "loss": loss,
-            **{f"loss/{name}": total / jnp.maximum(terms["counts"][name], 1) for name, total in terms["sums"].items()},
+            # A term that no sample of the batch has is unknown, not zero: zero would look perfect.
+            **{f"loss/{name}": total / _or_nan(terms["counts"][name]) for name, total in terms["sums"].items()},
             **terms["metrics"],
             "gradient_norm": norm,
             "learning_rate": rate,
@@ -69,6 +70,10 @@ def make_step(
         return {"step": now + 1, **kept, "counters": counters}, jax.tree.map(jnp.float32, metrics)
 
     return step
+
+
+def _or_nan(count: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(count > 0, jnp.maximum(count, 1), jnp.nan)
 
 
 def loss_and_gradients(

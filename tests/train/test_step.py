@@ -64,6 +64,21 @@ def test_metrics_have_every_term_and_their_weighted_sum_is_the_loss(stepped, con
     assert np.isfinite(list(metrics.values())).all()
 
 
+def test_a_term_that_the_batch_has_nothing_of_is_unknown(first, step, batch):
+    alone = jax.tree.map(lambda x: x, batch)
+    alone["global"]["sar"] = {
+        **batch["global"]["sar"],
+        **{name: jnp.zeros_like(batch["global"]["sar"][name]) for name in ("valid", "student_valid", "clear")},
+    }
+    _, metrics = step(copy(first), alone)
+    unknown = {name for name, value in metrics.items() if np.isnan(float(value))}
+    assert unknown == {
+        "loss/alignment/multispectral-sar",
+        "loss/spread/sar",
+        *(f"loss/{level}/sar" for level in ("pixel", "object", "image")),
+    }
+
+
 def test_a_step_that_is_not_finite_leaves_the_state_bit_equal(first, step, batch, assert_same_bits):
     poisoned = copy(first)
     poisoned["params"]["encoder"]["fusion"]["extra_token"] *= jnp.inf
