@@ -199,3 +199,16 @@ def test_notes_are_json_that_others_can_read(folder):
     notes = json.loads((folder / "5" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert notes["position"] == 20
     assert set(notes["checksums"]) == {"step", "params/kernel", "params/bias", "optimizer/0"}
+
+
+def test_a_resumed_run_may_change_what_touches_no_step_and_nothing_else(tiny_config):
+    saved = json.loads(json.dumps(tiny_config().to_dict()))
+    free = tiny_config(steps=9, log__every=7, checkpoint__keep=5, data__threads=0, objective__rank_alarm=3.0)
+    checkpoint.check_config(free, saved, pathlib.Path("run/450"))
+    other = tiny_config(seed=4, model__fusion__depth=2)
+    with pytest.raises(UserError) as error:
+        checkpoint.check_config(other, saved, pathlib.Path("run/450"))
+    assert str(error.value) == (
+        'config: "run/450" was trained with other values: model.fusion.depth=2 (was 1), seed=4 (was 0); set them back,'
+        " or start in another --workdir"
+    )
