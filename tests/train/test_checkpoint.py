@@ -17,6 +17,7 @@ from skyjax.errors import UserError
 from skyjax.train import checkpoint
 
 CONFIG = {"batch_size": 4, "steps": 9, "model": {"width": 8}, "log": {"every": 1}, "mesh": {"data": -1}}
+CONFIG["objective"] = {"rank_alarm": 2.0}
 
 
 def make_config(**changes):
@@ -143,7 +144,7 @@ def test_keys_that_matter_may_not_differ(folder):
 
 
 def test_keys_that_do_not_matter_may_differ(folder):
-    config = make_config(steps=99, log__every=7, mesh__data=1)
+    config = make_config(steps=99, log__every=7, mesh__data=1, objective__rank_alarm=3.0)
     assert checkpoint.restore_newest(folder, abstract(), config)[1]["step"] == 5
 
 
@@ -199,16 +200,3 @@ def test_notes_are_json_that_others_can_read(folder):
     notes = json.loads((folder / "5" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert notes["position"] == 20
     assert set(notes["checksums"]) == {"step", "params/kernel", "params/bias", "optimizer/0"}
-
-
-def test_a_resumed_run_may_change_what_touches_no_step_and_nothing_else(tiny_config):
-    saved = json.loads(json.dumps(tiny_config().to_dict()))
-    free = tiny_config(steps=9, log__every=7, checkpoint__keep=5, data__threads=0, objective__rank_alarm=3.0)
-    checkpoint.check_config(free, saved, pathlib.Path("run/450"))
-    other = tiny_config(seed=4, model__fusion__depth=2)
-    with pytest.raises(UserError) as error:
-        checkpoint.check_config(other, saved, pathlib.Path("run/450"))
-    assert str(error.value) == (
-        'config: "run/450" was trained with other values: model.fusion.depth=2 (was 1), seed=4 (was 0); set them back,'
-        " or start in another --workdir"
-    )
