@@ -16,8 +16,14 @@ import pytest
 from skyjax.errors import UserError
 from skyjax.train import checkpoint
 
-CONFIG = {"batch_size": 4, "steps": 9, "model": {"width": 8}, "log": {"every": 1}, "mesh": {"data": -1}}
-CONFIG["objective"] = {"rank_alarm": 2.0}
+CONFIG = {
+    "batch_size": 4,
+    "steps": 9,
+    "model": {"width": 8},
+    "objective": {"rank_alarm": 2.0},
+    "log": {"every": 1},
+    "mesh": {"data": -1},
+}
 
 
 def make_config(**changes):
