@@ -7,6 +7,7 @@ import ast
 import importlib.util
 import json
 import pathlib
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,14 +25,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_c
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f'config: there is no file "{path}"')
-    spec = importlib.util.spec_from_file_location(f"skyjax_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f'config: "{path}" is not a Python file')
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f'config: "{path}" line {error.lineno} is not Python: {error.msg}') from error
+    module = run_file(path, "config")
     if not hasattr(module, "get_config"):
         raise UserError(f'config: "{path}" has no function get_config()')
     config = module.get_config()
@@ -41,6 +35,23 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_c
             raise UserError(f'config: "--config.{key}" needs a value: --config.{key}=VALUE')
         _override(config, key, text)
     return config.lock()
+
+
+def run_file(path: pathlib.Path, kind: str) -> types.ModuleType:
+    """A user's Python file as a module of the file's name; `kind` says in messages what it was to be.
+
+    Raises:
+      UserError: it is not Python.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if path.suffix != ".py" or spec is None or spec.loader is None:
+        raise UserError(f'{kind}: "{path}" is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f'{kind}: "{path}" line {error.lineno} is not Python: {error.msg}') from error
+    return module
 
 
 def read_config(path: str | pathlib.Path) -> ml_collections.ConfigDict:

@@ -8,7 +8,6 @@ dataset.json. What builders share stands here too: listing files, passing over b
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import logging
 import os
 import pathlib
@@ -24,6 +23,7 @@ import rich.console
 import rich.progress
 from jaxtyping import Float, Int, Int32, Shaped
 
+from skyjax.config import run_file
 from skyjax.errors import BadRecord, UserError, nearest
 from skyjax.input import records
 from skyjax.sample import Sample
@@ -76,14 +76,7 @@ def load_builder(source: str | pathlib.Path) -> types.ModuleType:
     if not path.is_file():
         known = [str(other) for other in sorted(path.parent.glob("*.py"))] if path.parent.is_dir() else []
         raise UserError(f'builder: there is no file "{path}"{nearest(str(path), known)}')
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if path.suffix != ".py" or spec is None or spec.loader is None:
-        raise UserError(f'builder: "{path}" is not a Python file')
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f'builder: "{path}" line {error.lineno} is not Python: {error.msg}') from error
+    module = run_file(path, "builder")
     if not hasattr(module, "samples") and _tfds_builder(module) is None:
         raise UserError(f'builder: "{path}" has no samples(folder); data/class_folder.py shows one')
     return module

@@ -77,11 +77,6 @@ def take_layers(layers: Any, index: int | slice) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], layers)
 
 
-def take_layer(layers: Any, i: int) -> Any:
-    """One layer of a stack."""
-    return jax.tree.map(lambda leaf: leaf[i], layers)
-
-
 def stack(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -> Any:
     """`length` modules of one kind as one module whose arrays have a leading axis."""
     one = nnx.vmap(lambda key: make(nnx.Rngs(key)), transform_metadata={nnx.PARTITION_NAME: None})
