@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from skyjax.errors import UserError
 from skyjax.evals.charts import confusion_matrix, interval, short, ticks
 from skyjax.evals.probe import PRETRAINED
+from skyjax.train.loop import write_files
 
 PROBES = "probe.json"  # in a run's directory
 MAX_CLASSES = 40  # in a confusion matrix
@@ -56,12 +56,7 @@ def keep_probe(path: pathlib.Path, result: Mapping[str, Any]) -> None:
         )
 
     kept = [probe for probe in read_probes(path) if work(probe) != work(result)]
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(json.dumps([*kept, result], indent=1) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f'"{path}" cannot be written: {error.strerror}') from error
+    write_files(path.parent, {path.name: json.dumps([*kept, result], indent=1)})
 
 
 def rows(result: Mapping[str, Any]) -> list[Row]:
