@@ -343,3 +343,18 @@ def test_the_verdict_needs_intervals_apart():
 )
 def test_durations_have_their_two_largest_units(seconds, text):
     assert report._duration(seconds) == text
+
+
+def test_a_probe_replaces_an_earlier_one_of_its_kind_and_no_other(tmp_path):
+    path = tmp_path / scores.PROBES
+
+    def result(task, pooling, accuracy):
+        rows = [{"features": "a", "method": "m", "accuracy": accuracy}]
+        return {"task": task, "dataset": "d", "rows": rows, "settings": {"pooling": pooling}}
+
+    for task, pooling, accuracy in (("knn", "fused", 0.1), ("knn", "optical", 0.2), ("linear", "fused", 0.3)):
+        scores.keep_probe(path, result(task, pooling, accuracy))
+    scores.keep_probe(path, result("knn", "fused", 0.4))
+    assert [probe["rows"][0]["accuracy"] for probe in scores.read_probes(path)] == [0.2, 0.3, 0.4]
+    with pytest.raises(UserError, match="none"):
+        scores.keep_probe(tmp_path / scores.PROBES / "none" / scores.PROBES, result("knn", "fused", 0.1))
