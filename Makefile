@@ -54,8 +54,8 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# After changing a dependency in pyproject.toml: resolve anew and write down what was chosen.
+# After changing a dependency in pyproject.toml: resolve anew and write down what was chosen, whatever build of torch.
 lock:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade -e ".[dev]"
-	$(BIN)/python -m pip freeze --exclude-editable > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
