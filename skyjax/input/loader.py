@@ -1,11 +1,12 @@
 """Batches of views in an order that depends on the seed alone, and their way to the devices.
 
-In: the config, folders of records, where to go on. Out: host batches (sample.py), or device batches with the position
-to save for them. The sample at global position p is the same whatever the number of hosts, threads or restarts: a
-host takes its slice of each global batch, and the whole state of the iterator is one integer.
+In: the config, folders of records or of images, where to go on. Out: host batches (sample.py), or device batches with
+the position to save for them. The sample at global position p is the same whatever the number of hosts, threads or
+restarts: a host takes its slice of each global batch, and the whole state of the iterator is one integer.
 """
 
 import logging
+import pathlib
 import queue
 import threading
 from collections.abc import Generator, Mapping
@@ -18,7 +19,8 @@ import numpy as np
 
 from skyjax.errors import BadRecord, UserError
 from skyjax.input import augment
-from skyjax.input.records import RecordSource, widest_type
+from skyjax.input.image_folder import ImageFolder
+from skyjax.input.records import DESCRIPTION, RecordSource, widest_type
 from skyjax.input.views import Plan, make_views, plan_views
 from skyjax.sample import Batch, empty_sample
 
@@ -28,7 +30,8 @@ _JUDGED_FROM = 1000
 # Samples. Grain's own endless length is the largest integer and overflows where its slices are batched and sliced.
 _ENDLESS = 2**48
 
-Place = tuple[RecordSource, int]
+Source = RecordSource | ImageFolder
+Place = tuple[Source, int]
 
 
 class Loader:
@@ -143,14 +146,26 @@ def _check(config: ml_collections.ConfigDict, process_count: int) -> None:
     augment.check(config.data.augment)
 
 
-def _open(config: ml_collections.ConfigDict) -> tuple[list[RecordSource], list[float]]:
+def open_source(path: str) -> Source:
+    """A folder made by `skyjax data build`, or any folder of images.
+
+    Raises:
+      UserError: it is neither.
+    """
+    folder = pathlib.Path(path)
+    return RecordSource(folder) if (folder / DESCRIPTION).is_file() or not folder.is_dir() else ImageFolder(folder)
+
+
+def _open(config: ml_collections.ConfigDict) -> tuple[list[Source], list[float]]:
     if not config.data.sources:
-        raise UserError("config: data.sources is empty; name at least one folder made by `skyjax data build`")
+        raise UserError(
+            "config: data.sources is empty; name at least one folder of images or made by `skyjax data build`"
+        )
     sources, weights = [], []
     for path, weight in config.data.sources:
         if not weight > 0:
             raise UserError(f'config: data.sources gives "{path}" the share {weight}; set it above 0 or leave it out')
-        source = RecordSource(path)
+        source = open_source(path)
         if not len(source):
             raise UserError(f'"{path}" has no samples; build it from at least one file')
         sources.append(source)
@@ -158,7 +173,7 @@ def _open(config: ml_collections.ConfigDict) -> tuple[list[RecordSource], list[f
     return sources, weights
 
 
-def _types(sources: list[RecordSource]) -> dict[str, str]:
+def _types(sources: list[Source]) -> dict[str, str]:
     stored: dict[str, list[str]] = {}
     for source in sources:
         for modality, told in source.description["modalities"].items():
@@ -166,7 +181,7 @@ def _types(sources: list[RecordSource]) -> dict[str, str]:
     return {modality: widest_type(names) for modality, names in stored.items()}
 
 
-def _check_sensors(sources: list[RecordSource], model: ml_collections.ConfigDict) -> None:
+def _check_sensors(sources: list[Source], model: ml_collections.ConfigDict) -> None:
     """A sensor that the model doesn't name has no row in its statistics; better told here than at record 1312."""
     for source in sources:
         told: Mapping[str, Any] = source.description["modalities"]
@@ -189,7 +204,7 @@ def _check_sensors(sources: list[RecordSource], model: ml_collections.ConfigDict
 class _Places:
     """A source's records by reference: they are read together with their views, where a bad one can be replaced."""
 
-    def __init__(self, source: RecordSource):
+    def __init__(self, source: Source):
         self._source = source
 
     def __len__(self) -> int:
@@ -199,7 +214,7 @@ class _Places:
         return self._source, int(number)
 
 
-def _order(sources: list[RecordSource], weights: list[float], seed: int) -> grain.MapDataset:
+def _order(sources: list[Source], weights: list[float], seed: int) -> grain.MapDataset:
     """Every source in a new random order each epoch, without end, mixed by weight. Random access throughout."""
     ordered = []
     for number, source in enumerate(sources):
