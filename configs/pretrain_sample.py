@@ -134,7 +134,10 @@ def _model() -> ml_collections.ConfigDict:
                 },
             },
             "spatial_width": 192,  # of every modality after its up-head; optical's last stage has it by itself
-            "fusion": {"width": 128, "depth": 2, "heads": 4},
+            "fusion": {"width": 128, "depth": 2, "heads": 4},  # or None with one modality: the mean over dates
+            # Or {"regions": 64, "count": 100, "width": 512, "momentum": 0.996, "epsilon": 0.05, "iterations": 3,
+            # "frozen": False}: what was seen in each region of the Earth (docs/fidelity.md, "Geo-prototypes").
+            "prototypes": None,
         }
     )
 

@@ -32,7 +32,7 @@ GRID_FROM = ("multispectral", "optical", "sar")  # whose cells are the common gr
 
 
 def init(model_config: Config, key: jax.Array) -> Params:
-    """Fresh float32 parameters: {MODALITY: ..., "up_heads": {MODALITY: ...}, "fusion": ...}.
+    """Fresh float32 parameters: {MODALITY: ..., "up_heads": {MODALITY: ...}, "fusion": ...}, what there is.
 
     Can be traced by `jax.jit` and `jax.eval_shape`, so that parameters are born where their shardings say.
 
@@ -65,8 +65,9 @@ def apply(
     Returns:
       "encoder" {m: (b, t, h', w', d_m)} and "encoder_valid" {m: (b, t, h', w')}: before the up-head;
       "spatial" {m: (b, t, H, W, s)} and "spatial_valid" {m: (b, t, H, W)}: after it, on the common grid (H, W);
-      "fused" (b, H, W, d) and "fused_valid" (b, H, W); "context" None; "pooled" (b, d) float32, the mean of `fused`
-      over valid places, 0 where there are none; "days" {m: (b, t)}. Features that are not valid are finite.
+      "fused" (b, H, W, d) and "fused_valid" (b, H, W): without a fusion the mean of "spatial" over valid dates, 0 where
+      there are none; "context" None; "pooled" (b, d) float32, the mean of `fused` over valid places, 0 where there are
+      none; "days" {m: (b, t)}. Features that are not valid are finite.
 
     Raises:
       ValueError: none of the model's modalities is given.
@@ -101,21 +102,15 @@ class SkySense(nnx.Module):
                 setattr(self, name, _swin(name, part, config.spatial_width, compute, rngs))
                 cells[name] = (part.patch_size * 2 ** (len(part.depths) - 1), 1)
             elif part.kind == "vit":
-                setattr(self, name, _vit(name, part, compute, rngs))
-                up_heads[name] = UpHead(part.width, config.spatial_width, part.up_factor, compute.dtype, rngs)
-                cells[name] = (part.patch_size, part.up_factor)
+                setattr(self, name, _vit(name, part, config.spatial_width, compute, rngs))
+                if part.up_factor is not None:
+                    up_heads[name] = UpHead(part.width, config.spatial_width, part.up_factor, compute.dtype, rngs)
+                cells[name] = (part.patch_size, part.up_factor or 1)
             else:
                 raise ValueError(f'model.modalities.{name}.kind is "{part.kind}"; it is "swin_v2" or "vit"')
         self.up_heads = nnx.Dict(up_heads)
         self.cells = tuple(cells.items())
-        self.fusion = Fusion(
-            spatial_width=config.spatial_width,
-            width=config.fusion.width,
-            depth=config.fusion.depth,
-            heads=config.fusion.heads,
-            compute=compute,
-            rngs=rngs,
-        )
+        self.fusion = _fusion(config, compute, rngs)
 
     def __call__(self, images: Mapping[str, Images], grid: tuple[int, int] | None, key: jax.Array | None) -> Output:
         """As `apply`."""
@@ -138,7 +133,10 @@ class SkySense(nnx.Module):
         features, valid, days = (
             jnp.concatenate([output[name][m] for m in given], axis=1) for name in ("spatial", "spatial_valid", "days")
         )
-        fused = self.fusion(features, days, valid, _fold(key, len(MODALITIES)))
+        if self.fusion is None:
+            fused = _mean_dates(features, valid)
+        else:
+            fused = self.fusion(features, days, valid, _fold(key, len(MODALITIES)))
         fused_valid = valid.any(axis=1)
         return output | {
             "fused": fused,
@@ -196,8 +194,13 @@ def _swin(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.
     )
 
 
-def _vit(name: str, part: Any, compute: Compute, rngs: nnx.Rngs) -> ViT:
-    if part.patch_size % part.up_factor:
+def _vit(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.Rngs) -> ViT:
+    if part.up_factor is None and part.width != spatial_width:
+        raise ValueError(
+            f"model.modalities.{name}: with up_factor None there is no up-head, so width {part.width} must equal"
+            f" model.spatial_width, which is {spatial_width}"
+        )
+    if part.up_factor is not None and part.patch_size % part.up_factor:
         raise ValueError(
             f"model.modalities.{name}: up_factor {part.up_factor} must divide patch_size {part.patch_size}, so that a"
             " cell is a whole number of pixels"
@@ -214,8 +217,32 @@ def _vit(name: str, part: Any, compute: Compute, rngs: nnx.Rngs) -> ViT:
     )
 
 
+def _fusion(config: Config, compute: Compute, rngs: nnx.Rngs) -> Fusion | None:
+    if config.fusion is not None:
+        return Fusion(
+            spatial_width=config.spatial_width,
+            width=config.fusion.width,
+            depth=config.fusion.depth,
+            heads=config.fusion.heads,
+            compute=compute,
+            rngs=rngs,
+        )
+    if len(config.modalities) > 1:
+        raise ValueError(
+            f"model.fusion is None, which goes with one modality only; model.modalities has {sorted(config.modalities)}"
+        )
+    return None
+
+
 def _fold(key: jax.Array | None, part: int) -> jax.Array | None:
     return None if key is None else jax.random.fold_in(key, part)
+
+
+def _mean_dates(features: Float[Array, "b t h w d"], valid: Bool[Array, "b t h w"]) -> Float[Array, "b h w d"]:
+    """The mean of each place over its valid dates; 0 where it has none."""
+    seen = valid[..., None]
+    total = jnp.sum(jnp.where(seen, features.astype(jnp.float32), 0), axis=1)
+    return (total / jnp.maximum(seen.sum(axis=1), 1)).astype(features.dtype)
 
 
 def _mean(fused: Float[Array, "b h w d"], valid: Bool[Array, "b h w"]) -> Float[Array, "b d"]:

@@ -29,11 +29,12 @@ def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDi
 
     Args:
       config: the experiment's `objective`.
-      model: the experiment's `model`: its modalities, `spatial_width` and `fusion.width`.
+      model: the experiment's `model`: its modalities, `spatial_width` and `fusion.width` (or None).
       key: a name's parameters depend on the key and the name alone, not on which other modalities are there.
     """
     modalities = modalities_of(model)
-    widths = {**dict.fromkeys(modalities, model.spatial_width), "fused": model.fusion.width}
+    fused = model.spatial_width if model.fusion is None else model.fusion.width
+    widths = {**dict.fromkeys(modalities, model.spatial_width), "fused": fused}
     heads: Params = {
         stream: {
             level: _init_head(config, width, jax.random.fold_in(key, STREAMS.index(stream) * len(LEVELS) + i))

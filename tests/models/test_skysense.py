@@ -28,7 +28,8 @@ def tiny(**changes):
     )
     config.update({"dtype": "float32", "scan": True, "remat": "none", "spatial_width": 16, "drop_path": 0.2})
     config.fusion.update({"width": 16, "depth": 2, "heads": 2})
-    config.update_from_flattened_dict(changes)
+    with config.ignore_type():
+        config.update_from_flattened_dict(changes)
     return config
 
 
@@ -240,9 +241,36 @@ def test_optical_may_be_a_vit():
     assert shapes["spatial"]["optical"].shape == (2, 1, 4, 4, 16)
 
 
+def test_one_vit_without_up_head_and_fusion():
+    """Then `spatial` is `encoder`, and `fused` is the mean of a place's valid dates."""
+    config = tiny(**{"modalities.sar.up_factor": None, "modalities.sar.width": 16, "fusion": None})
+    config.modalities = ml_collections.ConfigDict({"sar": config.modalities.sar.to_dict()})
+    params = quick_jit(lambda key: skysense.init(config, key))(jax.random.key(0))
+    assert params.keys() == {"sar"}
+    images = random_images(sizes={"sar": (3, 6)})
+    clear = np.random.default_rng(1).random((2, 3, 6, 6)) < 0.6
+    clear[0, :, :2, :2] = False  # a place without any date
+    images = changed(images, "sar", clear=clear)
+    got = quick_jit(lambda images: skysense.apply(config, params, images))(images)
+    assert_array_equal(got["spatial"]["sar"], got["encoder"]["sar"])
+    assert_array_equal(got["spatial_valid"]["sar"], got["encoder_valid"]["sar"])
+    valid = np.asarray(got["spatial_valid"]["sar"])
+    assert not valid.all(axis=1).all()  # some dates are left out
+    for i, row, column in np.ndindex(2, 3, 3):
+        seen = np.float64(got["spatial"]["sar"][i, :, row, column])[valid[i, :, row, column]]
+        want = seen.mean(0) if len(seen) else np.zeros(16)
+        assert_allclose(got["fused"][i, row, column], want, atol=1e-6)
+    assert_array_equal(got["fused_valid"], valid.any(axis=1))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"fusion": None},
+            r"fusion is None, which goes with one modality only; .* has \['multispectral', 'optical', 'sar'\]",
+        ),
+        ({"modalities.sar.up_factor": None}, r"modalities.sar: .* no up-head, so width 8 must equal .* which is 16"),
         ({"spatial_width": 24}, r"modalities.optical: width 8 in 2 stages of depths ends at 16.*spatial_width is 24"),
         ({"modalities.sar.up_factor": 3}, r"modalities.sar: up_factor 3 must divide patch_size 2"),
         ({"modalities.sar.kind": "cnn"}, r'modalities.sar.kind is "cnn"'),
@@ -251,7 +279,7 @@ def test_optical_may_be_a_vit():
 )
 def test_contradicting_configs_are_named(changes, message):
     config = tiny()
-    with config.unlocked():
+    with config.unlocked(), config.ignore_type():
         config.update_from_flattened_dict({k: v for k, v in changes.items() if k != "modalities.lidar"})
         if "modalities.lidar" in changes:
             config.modalities.lidar = ml_collections.ConfigDict()
