@@ -67,5 +67,5 @@ def test_images_of_another_kind_are_told(tmp_path):
 def test_an_image_that_cannot_be_read_is_a_bad_record(pictures):
     source = ImageFolder(pictures)
     (pictures / "class 0" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(BadRecord, match="0.png"):
+    with pytest.raises(BadRecord, match="truncated or corrupt"):
         source[0]
