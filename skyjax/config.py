@@ -1,14 +1,16 @@
 """One way to load an experiment: a Python file with `get_config()`, then `--config.key=value` overrides.
 
-A key that does not exist or a value of another type is the user's error, named with its nearest key.
+A parameter of `get_config` is set like any key, before the rest, and stands in the config, so that a run records it. A
+key that does not exist or a value of another type is the user's error, named with its nearest key.
 """
 
 import ast
 import importlib.util
+import inspect
 import json
 import pathlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -20,7 +22,8 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_c
     """The config of a file, with overrides written as "key=value" or "a.b.c=value".
 
     Raises:
-      UserError: the file is missing or has no get_config(); a key is unknown; a value does not fit its key.
+      UserError: the file is missing or has no get_config(); a key is unknown; a value does not fit its key; or what
+        get_config itself refuses.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -28,12 +31,18 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_c
     module = run_file(path, "config")
     if not hasattr(module, "get_config"):
         raise UserError(f'config: "{path}" has no function get_config()')
-    config = module.get_config()
+    pairs = []
     for override in overrides:
         key, found, text = override.partition("=")
         if not found:
             raise UserError(f'config: "--config.{key}" needs a value: --config.{key}=VALUE')
-        _override(config, key, text)
+        pairs.append((key, text))
+    arguments = _arguments(module.get_config, pairs)
+    config = module.get_config(**arguments)
+    config.update(arguments)
+    for key, text in pairs:
+        if key not in arguments:
+            _override(config, key, text)
     return config.lock()
 
 
@@ -73,6 +82,15 @@ def keys(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
         yield prefix + key
         if isinstance(value, ml_collections.ConfigDict):
             yield from keys(value, f"{prefix}{key}.")
+
+
+def _arguments(get_config: Callable[..., Any], pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What `get_config` is called with: its defaults, or what overrides say."""
+    arguments = {name: parameter.default for name, parameter in inspect.signature(get_config).parameters.items()}
+    for name, default in arguments.items():
+        if default is inspect.Parameter.empty:
+            raise UserError(f'config: parameter "{name}" of get_config() has no default; give it one')
+    return arguments | {key: _parse(key, text, arguments[key]) for key, text in pairs if key in arguments}
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:

@@ -62,6 +62,49 @@ def test_bad_files_are_named(tmp_path):
         load_config(tmp_path / "broken.py")
 
 
+@pytest.fixture
+def with_parameters(tmp_path):
+    """A config file that is called with what the command line says."""
+    path = tmp_path / "family.py"
+    path.write_text("""
+import ml_collections
+from skyjax.errors import UserError
+def get_config(size="huge", layers=4):
+    if size not in ("tiny", "huge"):
+        raise UserError(f'config: size "{size}" is not known; it is tiny or huge')
+    return ml_collections.ConfigDict({"width": {"tiny": 8, "huge": 64}[size], "depth": layers})
+""")
+    return path
+
+
+def test_parameters_of_get_config_are_keys(with_parameters):
+    assert load_config(with_parameters).to_dict() == {"size": "huge", "layers": 4, "width": 64, "depth": 4}
+    # The order of the words does not matter: what get_config makes of its parameters can be overridden.
+    config = load_config(with_parameters, ["depth=5", "size=tiny", "layers=3"])
+    assert config.to_dict() == {"size": "tiny", "layers": 3, "width": 8, "depth": 5}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("size=medium", 'config: size "medium" is not known; it is tiny or huge'),
+        ("layers=many", 'config: "layers" is a int'),
+        ("sise=tiny", 'config: "sise" does not exist; nearest: "size"'),
+        ("size", 'config: "--config.size" needs a value'),
+    ],
+)
+def test_mistakes_in_parameters_are_named(with_parameters, override, message):
+    with pytest.raises(UserError) as error:
+        load_config(with_parameters, [override])
+    assert str(error.value).startswith(message)
+
+
+def test_a_parameter_without_a_default_is_refused(tmp_path):
+    (tmp_path / "bare.py").write_text("def get_config(size):\n    return None\n")
+    with pytest.raises(UserError, match='parameter "size" .* has no default'):
+        load_config(tmp_path / "bare.py")
+
+
 def test_saved_config_reads_back(tmp_path):
     config = load_config(CONFIG)
     path = tmp_path / "config.json"
