@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import released
 from flax import nnx
 from quick import quick_jit
 
+from skyjax.convert import skysense as released
 from skyjax.models.fusion import Fusion
 from skyjax.models.layers import Compute
 from skyjax.models.swin_v2 import SwinV2
@@ -63,7 +63,7 @@ def test_swin_v2(case, dtype):
                 channels=3, patch_size=4, width=16, depths=depths, heads=(1, 2, 4, 8), window=4,
                 extra_norm_every=every, compute=Compute(jnp.dtype(dtype)), rngs=rngs,
             ),
-            released.swin_v2(weights, depths, every),
+            released.to_params(released.swin_v2(depths, every), weights),
         )  # fmt: skip
         stages = [np.asarray(x, np.float64) for x in quick_jit(model.stages)(channels_last(arrays[f"inputs.{case}"]))]
         final = model.norm(jnp.asarray(stages[-1], dtype))
@@ -87,7 +87,7 @@ def test_vit(part, bands, case):
         lambda rngs: ViT(
             channels=bands, patch_size=4, image_size=64, width=32, depth=2, heads=4, compute=COMPUTE, rngs=rngs
         ),
-        released.vit(weights, 2),
+        released.to_params(released.vit(2), weights),
     )
     got = model(channels_last(arrays[f"inputs.{case}"]))
     assert_agrees(got, np.moveaxis(arrays[f"outputs.{case}.0"], 1, -1))
@@ -95,13 +95,13 @@ def test_vit(part, bands, case):
 
 def test_up_head():
     weights, arrays = load("up_head")
-    model = fill(lambda rngs: UpHead(32, 128, 4, jnp.float32, rngs), released.up_head(weights, 4))
+    model = fill(lambda rngs: UpHead(32, 128, 4, jnp.float32, rngs), released.to_params(released.up_head(4), weights))
     assert_agrees(model(channels_last(arrays["inputs.native"])), np.moveaxis(arrays["outputs.native.0"], 1, -1))
 
 
 def test_fusion():
     weights, arrays = load("fusion")
-    params = released.fusion(weights, 2) | {"dates": np.zeros((366, 128), np.float32)}
+    params = released.to_params(released.fusion(2), weights) | {"dates": np.zeros((366, 128), np.float32)}
     model = fill(lambda rngs: Fusion(spatial_width=128, width=32, depth=2, heads=4, compute=COMPUTE, rngs=rngs), params)
     tokens = jnp.asarray(arrays["inputs.native"])  # (places, dates, width)
     features = tokens.transpose(1, 0, 2)[None, :, None]  # one site of one row
