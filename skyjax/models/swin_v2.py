@@ -2,7 +2,8 @@
 
 Res-post-norm, scaled cosine attention, a continuous position bias over log-spaced offsets, no bias on keys, patch
 merging with the norm after the projection, an extra norm every few blocks (Liu et al., 2022; SkySense's settings).
-Blocks come in pairs: an unshifted and a shifted one. A stage is one scan over its pairs.
+Blocks come in pairs: an unshifted and a shifted one. A stage is one scan over its pairs; one of odd depth ends on an
+unshifted block.
 """
 
 import functools
@@ -55,18 +56,20 @@ class SwinV2(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
         stem: str = "patch",
+        mask_padding: bool = True,
     ):
+        """`mask_padding`: what fills up a window is not attended to; False: it is, as zeros, as published."""
         if len(depths) != len(heads):
             raise ValueError(f"depths {tuple(depths)} and heads {tuple(heads)} name different numbers of stages")
-        if any(length % 2 for length in depths):
-            raise ValueError(f"depths {tuple(depths)}: a stage is made of pairs of blocks, so each depth must be even")
+        if any(length < 1 for length in depths):
+            raise ValueError(f"depths {tuple(depths)}: a stage has one block or more")
         if stem not in STEMS:
             raise ValueError(f'stem "{stem}" is not known; it is one of {", ".join(STEMS)}')
         self.patch_embed = STEMS[stem](patch_size, channels, width, compute.dtype, rngs)
         self.patch_norm = LayerNorm(width, EPSILON, rngs)
         for i, length in enumerate(depths):
-            stage = Stage(width * 2**i, length, heads[i], window, extra_norm_every, i > 0, compute, rngs)
-            setattr(self, f"stage{i}", stage)
+            sizes = width * 2**i, length, heads[i], window, extra_norm_every
+            setattr(self, f"stage{i}", Stage(*sizes, compute, rngs, downsample=i > 0, mask_padding=mask_padding))
         self.norm = LayerNorm(width * 2 ** (len(depths) - 1), EPSILON, rngs)
         self.depths = tuple(depths)
         self.compute = compute
@@ -110,12 +113,19 @@ class Stage(nnx.Module):
         heads: int,
         window: int,
         extra_norm_every: int,
-        downsample: bool,
         compute: Compute,
         rngs: nnx.Rngs,
+        *,
+        downsample: bool = False,
+        mask_padding: bool = True,
     ):
         self.downsample = PatchMerging(width, compute.dtype, rngs) if downsample else None
-        self.pairs = stack(lambda r: Pair(width, heads, window, compute.dtype, r), length // 2, rngs)
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(width, heads, window, compute.dtype, rngs, mask_padding=mask_padding)
+
+        counts = {"unshifted": length - length // 2, "shifted": length // 2}
+        self.pairs = nnx.Dict({name: stack(block, count, rngs) for name, count in counts.items() if count})
         count = length // extra_norm_every if extra_norm_every else 0  # 0: no extra norms
         self.extra_norms = stack(lambda r: LayerNorm(width, EPSILON, r), count, rngs) if count else None
         self.extra_norm_every = extra_norm_every
@@ -130,11 +140,24 @@ class Stage(nnx.Module):
             x = self.downsample(x)
         # A grid that is a single window has nothing to shift.
         shift = self.window // 2 if min(x.shape[1:3]) > self.window else 0
-        pairs = self.pairs, rates.reshape(-1, 2), None if keys is None else keys.reshape(-1, 2, *keys.shape[1:])
+        if self.extra_norms is not None and self.extra_norm_every % 2:
+            return self._run_odd(x, rates, keys, shift)
+        count = len(rates) // 2
+        if count:
+            inputs = rates, keys
+            pairs = (
+                take_layers(self.pairs["unshifted"], slice(count)),
+                self.pairs["shifted"],
+                *jax.tree.map(lambda leaf: leaf[: 2 * count].reshape(count, 2, *leaf.shape[1:]), inputs),
+            )
+            x = self._run_pairs(x, pairs, shift)
+        # An even number of blocks lies between extra norms: none stands behind the odd block.
+        return self._run_block(x, len(rates) - 1, rates, keys, shift) if len(rates) % 2 else x
+
+    def _run_pairs(self, x: Float[Array, "n h w d"], pairs: Any, shift: int) -> Float[Array, "n h w d"]:
+        """All pairs, with the extra norms between them."""
         if self.extra_norms is None:
             return self._run(x, pairs, shift)
-        if self.extra_norm_every % 2:
-            return self._run_odd(x, rates, keys, shift)
         groups, size = depth(self.extra_norms), self.extra_norm_every // 2
         last = take_layers(pairs, slice(groups * size, None))
         grouped = take_layers(pairs, slice(groups * size))
@@ -149,9 +172,9 @@ class Stage(nnx.Module):
         shifted = self.compute.block(lambda x, block, rate, key: block(x, shift, rate, key), length)
 
         def pair(x: Array, inputs: Any) -> Array:
-            blocks, rate, key = inputs
-            x = unshifted(x, blocks.unshifted, rate[0], None if key is None else key[0])
-            return shifted(x, blocks.shifted, rate[1], None if key is None else key[1])
+            first, second, rate, key = inputs
+            x = unshifted(x, first, rate[0], None if key is None else key[0])
+            return shifted(x, second, rate[1], None if key is None else key[1])
 
         return self.compute.run(pair, x, pairs)
 
@@ -159,14 +182,20 @@ class Stage(nnx.Module):
         self, x: Float[Array, "n h w d"], rates: np.ndarray, keys: jax.Array | None, shift: int
     ) -> Float[Array, "n h w d"]:
         """An odd period sets norms inside pairs. No published net of size does so: the loop is simply unrolled."""
-        for i, rate in enumerate(rates):
-            own_shift = shift if i % 2 else 0
-            block = take_layers(self.pairs.shifted if i % 2 else self.pairs.unshifted, i // 2)
-            run = self.compute.block(lambda x, block, rate, key, s=own_shift: block(x, s, rate, key), 1)
-            x = run(x, block, rate, None if keys is None else keys[i])
+        for i in range(len(rates)):
+            x = self._run_block(x, i, rates, keys, shift)
             if (i + 1) % self.extra_norm_every == 0:
                 x = take_layers(self.extra_norms, i // self.extra_norm_every)(x)
         return x
+
+    def _run_block(
+        self, x: Float[Array, "n h w d"], i: int, rates: np.ndarray, keys: jax.Array | None, shift: int
+    ) -> Float[Array, "n h w d"]:
+        """Block `i` by itself."""
+        own_shift = shift if i % 2 else 0
+        block = take_layers(self.pairs["shifted" if i % 2 else "unshifted"], i // 2)
+        run = self.compute.block(lambda x, block, rate, key: block(x, own_shift, rate, key), 1)
+        return run(x, block, rates[i], None if keys is None else keys[i])
 
 
 class PatchMerging(nnx.Module):
@@ -181,19 +210,11 @@ class PatchMerging(nnx.Module):
         return self.norm(self.reduction(x))
 
 
-class Pair(nnx.Module):
-    """Two blocks in a row."""
-
-    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs):
-        self.unshifted = Block(width, heads, window, dtype, rngs)
-        self.shifted = Block(width, heads, window, dtype, rngs)
-
-
 class Block(nnx.Module):
     """Window attention and a feed-forward, each normed after and with stochastic depth."""
 
-    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs):
-        self.attention = WindowAttention(width, heads, window, dtype, rngs)
+    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs, *, mask_padding: bool = True):
+        self.attention = WindowAttention(width, heads, window, dtype, rngs, mask_padding=mask_padding)
         self.norm1 = LayerNorm(width, EPSILON, rngs)
         self.feed_forward = FeedForward(width, dtype, rngs)
         self.norm2 = LayerNorm(width, EPSILON, rngs)
@@ -210,7 +231,7 @@ class Block(nnx.Module):
 class WindowAttention(nnx.Module):
     """Scaled cosine attention inside windows."""
 
-    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, window: int, dtype: Any, rngs: nnx.Rngs, *, mask_padding: bool = True):
         if window < 2:
             raise ValueError(f"window {window} is too small; it must be 2 or more")
         self.projections = Projections(width, heads, dtype, rngs, key_bias=False)
@@ -218,6 +239,7 @@ class WindowAttention(nnx.Module):
         self.bias_up = Linear(2, BIAS_HIDDEN, jnp.float32, rngs)
         self.bias_down = Linear(BIAS_HIDDEN, heads, jnp.float32, rngs, use_bias=False)
         self.window = window
+        self.mask_padding = mask_padding
 
     def __call__(self, x: Float[Array, "n h w d"], shift: int) -> Float[Array, "n h w d"]:
         """What each place gathers in its window, on a grid of any size; windows are moved by `shift` places."""
@@ -233,7 +255,9 @@ class WindowAttention(nnx.Module):
 
         query, key, value = self.projections.split(windows)
         scale = jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))[:, None, None]
-        visible = _visible(h, w, rows, columns, shift)
+        # Padded places count as ground where they are not masked.
+        ground = (h, w) if self.mask_padding else padded
+        visible = _visible(*ground, rows, columns, shift)
         mask = None if visible is None else jnp.asarray(visible)[:, None]
         gathered = attend(_unit(query), _unit(key), value, scale=scale, bias=self._bias(rows, columns), mask=mask)
 

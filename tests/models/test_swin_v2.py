@@ -6,7 +6,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 from quick import quick_jit
 
-from skyjax.models.layers import Compute
+from skyjax.models.layers import Compute, take_layers
 from skyjax.models.swin_v2 import Block, PatchMerging, Stage, SwinV2, WindowAttention
 
 WINDOW = 4
@@ -24,7 +24,7 @@ def attention():
 
 
 def attention_by_loop(module, x, shift):
-    """Every place looks at the places of its own window on the same side of the roll's seam; nothing is padded."""
+    """Every place of `x` looks at the places of its own window on the same side of the roll's seam."""
     kernel = {name: np.asarray(getattr(module.projections, name).kernel[...], np.float64) for name in ("query", "key")}
     value_kernel, out_kernel = (np.asarray(getattr(module.projections, n).kernel[...]) for n in ("value", "out"))
     query = x @ kernel["query"] + np.asarray(module.projections.query.bias[...])
@@ -54,7 +54,7 @@ def attention_by_loop(module, x, shift):
             scores = []
             for other in seen:
                 k = key[other][own]
-                cosine = q @ k / np.linalg.norm(q) / np.linalg.norm(k)
+                cosine = q @ k / np.linalg.norm(q) / max(np.linalg.norm(k), 1e-12)
                 scores.append(cosine * scale + biases[place[0] - other[0], place[1] - other[1]])
             weights = np.exp(np.asarray(scores) - max(scores))
             weights /= weights.sum()
@@ -69,6 +69,16 @@ def test_window_attention_on_any_grid(attention, grid, shift):
     x = np.random.default_rng(0).normal(size=(*grid, 8))
     got = quick_jit(lambda x: attention(x, shift))(jnp.asarray(x[None], jnp.float32))
     assert_allclose(got[0], attention_by_loop(attention, x, shift), atol=2e-5)
+
+
+@pytest.mark.parametrize(("grid", "shift"), [((5, 7), 0), ((5, 7), 2), ((4, 6), 0)])
+def test_unmasked_padding_is_zeros_that_are_attended_to(attention, grid, shift):
+    graph, state = nnx.split(WindowAttention(8, 2, WINDOW, jnp.float32, nnx.Rngs(0), mask_padding=False))
+    nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.state(attention)))
+    x = np.random.default_rng(0).normal(size=(*grid, 8))
+    got = quick_jit(lambda x: nnx.merge(graph, state)(x, shift))(jnp.asarray(x[None], jnp.float32))
+    padded = np.pad(x, [(0, -size % WINDOW) for size in grid] + [(0, 0)])
+    assert_allclose(got[0], attention_by_loop(attention, padded, shift)[: grid[0], : grid[1]], atol=2e-5)
 
 
 def test_a_zero_query_has_finite_gradients(attention):
@@ -102,18 +112,30 @@ GRID = jax.random.normal(jax.random.key(1), (2, 5, 6, 8))
 
 def run_stage(length, every, **compute):
     """A stage with stochastic depth, as a function of its state."""
-    stage = Stage(8, length, 2, WINDOW, every, False, Compute(drop_path=0.2, **compute), nnx.Rngs(0))
+    stage = Stage(8, length, 2, WINDOW, every, Compute(drop_path=0.2, **compute), nnx.Rngs(0))
     graph, state = nnx.split(stage)
     keys = jax.random.split(jax.random.key(2), length)
     rates = np.linspace(0, 0.2, length, dtype=np.float32)
     return state, lambda state: nnx.merge(graph, state)(GRID, rates, keys)
 
 
-@pytest.mark.parametrize(("length", "every"), [(8, 4), (6, 4), (4, 0)])  # groups of pairs; a pair over; no extra norm
+@pytest.mark.parametrize(("length", "every"), [(8, 4), (7, 4), (4, 0)])  # groups of pairs; blocks over; no extra norm
 def test_scanned_stages_equal_the_loop(length, every):
     state, scanned = run_stage(length, every)
     _, unrolled = run_stage(length, every, scan=False)
     assert_allclose(quick_jit(scanned)(state), quick_jit(unrolled)(state), atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "every"), [(1, 0), (3, 2), (5, 3)])
+def test_odd_stages_are_their_blocks_in_a_row(length, every):
+    stage = Stage(8, length, 2, WINDOW, every, Compute(), nnx.Rngs(0))
+    want = GRID
+    for i in range(length):
+        block = take_layers(stage.pairs["shifted" if i % 2 else "unshifted"], i // 2)
+        want = block(want, WINDOW // 2 * (i % 2), 0.0, None)
+        if every and (i + 1) % every == 0:
+            want = take_layers(stage.extra_norms, i // every)(want)
+    assert_allclose(quick_jit(lambda x: stage(x, np.zeros(length, np.float32), None))(GRID), want, atol=2e-4)
 
 
 def test_scan_and_remat_keep_gradients():
@@ -131,7 +153,7 @@ def test_scan_and_remat_keep_gradients():
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_extra_norms_stand_behind_every_nth_block(every):
-    stage = Stage(8, 6, 2, WINDOW, every, False, Compute(), nnx.Rngs(0))
+    stage = Stage(8, 6, 2, WINDOW, every, Compute(), nnx.Rngs(0))
     count = 6 // every
     scale = jnp.ones((count, 8)).at[-1].set(0)  # the last norm forgets its input, and it stands at the end
     stage.extra_norms.scale[...] = scale
@@ -143,8 +165,8 @@ def test_extra_norms_stand_behind_every_nth_block(every):
 
 def test_contradicting_sizes_are_named():
     settings = {"channels": 3, "patch_size": 2, "width": 8, "window": 4, "extra_norm_every": 0}
-    with pytest.raises(ValueError, match=r"depths \(2, 3\): .* must be even"):
-        SwinV2(**settings, depths=(2, 3), heads=(1, 2), compute=Compute(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"depths \(2, 0\): a stage has one block or more"):
+        SwinV2(**settings, depths=(2, 0), heads=(1, 2), compute=Compute(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"depths \(2, 2\) and heads \(1,\)"):
         SwinV2(**settings, depths=(2, 2), heads=(1,), compute=Compute(), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="window 1 is too small"):
