@@ -101,7 +101,7 @@ def test_mistakes_in_parameters_are_named(with_parameters, override, message):
 
 def test_a_parameter_without_a_default_is_refused(tmp_path):
     (tmp_path / "bare.py").write_text("def get_config(size):\n    return None\n")
-    with pytest.raises(UserError, match='parameter "size" .* has no default'):
+    with pytest.raises(UserError, match=r'parameter "size" .* has no default'):
         load_config(tmp_path / "bare.py")
 
 

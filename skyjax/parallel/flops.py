@@ -1,0 +1,207 @@
+"""Floating-point operations of a forward pass, counted from the config and the sizes of the images alone.
+
+What counts: 2 for each multiply-add of a matrix product, at the sizes that are computed. These are patch embeddings and
+merging, projections, attention's scores and values, feed-forwards, Swin's position-bias MLP (once a call), up-heads,
+fusion (whose last layer asks one query a place), geo-prototypes and the heads of the objective. Padding to whole
+patches and windows is computed, so it counts; so do masked dates and pixels.
+
+What does not: norms, softmax, GELU and other work an element, resizing of positions and features, Sinkhorn-Knopp,
+clustering, comparisons between samples. XLA's own count of a small float32 model is within 4 % (tests/parallel).
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from skyjax.input.views import GLOBAL_VIEWS
+
+MLP_RATIO = 4
+BIAS_HIDDEN = 512  # of Swin's position-bias MLP
+GRID_FROM = ("multispectral", "optical", "sar")  # whose cells are the common grid: the first that is given
+STREAMS = ("optical", "multispectral", "sar", "fused")
+LEVELS = ("pixel", "object", "image")
+
+
+class Images(NamedTuple):
+    """The size of one modality's sequence: dates, and rows and columns of pixels."""
+
+    dates: int
+    rows: int
+    columns: int
+
+
+def encoder(model: ml_collections.ConfigDict, images: Mapping[str, Images], *, sites: int = 1) -> dict[str, int]:
+    """FLOPs of one call of the encoder, part by part, under the names of the parameters.
+
+    Args:
+      model: the config's `model`.
+      images: modality -> size of its images; one that the model does not have is passed over.
+      sites: how many sites the call is made on.
+    """
+    given = {m: size for m, size in images.items() if m in model.modalities}
+    parts: dict[str, int] = {}
+    cells: dict[str, tuple[int, int]] = {}
+    for m, size in given.items():
+        part, maps = model.modalities[m], sites * size.dates
+        if part.kind == "swin_v2":
+            parts[m], cells[m] = swin_v2(part, size, maps)
+            continue
+        parts[m], (rows, columns) = vit(part, size, maps)
+        factor = part.up_factor or 1
+        if part.up_factor:
+            up = multiply(maps * rows * columns, part.width, factor**2 * model.spatial_width)
+            parts[f"up_heads/{m}"] = up
+        cell = part.patch_size // factor
+        cells[m] = -(-size.rows // cell), -(-size.columns // cell)
+    places = sites * math.prod(cells[next(m for m in GRID_FROM if m in given)])
+    if model.fusion is not None:
+        dates = sum(size.dates for size in given.values())
+        parts["fusion"] = fusion(model.fusion, model.spatial_width, places, dates)
+    if model.get("prototypes"):
+        width = model.fusion.width if model.fusion is not None else model.spatial_width
+        parts["prototypes"] = prototypes(model.prototypes, width, places)
+    return parts
+
+
+def swin_v2(part: Any, size: Images, maps: int) -> tuple[int, tuple[int, int]]:
+    """FLOPs of a Swin-V2 on `maps` images, and the rows and columns of its last stage."""
+    rows, columns = -(-size.rows // part.patch_size), -(-size.columns // part.patch_size)
+    total = _stem(part, maps * rows * columns)
+    for stage, (depth, heads) in enumerate(zip(part.depths, part.heads, strict=True)):
+        width = part.width * 2**stage
+        if stage:
+            rows, columns = -(-rows // 2), -(-columns // 2)
+            total += multiply(maps * rows * columns, 4 * (width // 2), width)
+        # A grid below the window is one smaller window; a larger one is padded to whole windows.
+        window = min(part.window, rows), min(part.window, columns)
+        padded = maps * math.prod(-(-side // w) * w for side, w in zip((rows, columns), window, strict=True))
+        offsets = (2 * part.window - 1) ** 2
+        block = 4 * multiply(padded, width, width) + 2 * multiply(padded, width, math.prod(window))
+        block += 2 * multiply(maps * rows * columns, width, MLP_RATIO * width)
+        block += multiply(offsets, 2, BIAS_HIDDEN) + multiply(offsets, BIAS_HIDDEN, heads)
+        total += depth * block
+    return total, (rows, columns)
+
+
+def vit(part: Any, size: Images, maps: int) -> tuple[int, tuple[int, int]]:
+    """FLOPs of a ViT on `maps` images, and the rows and columns of its patches."""
+    rows, columns = -(-size.rows // part.patch_size), -(-size.columns // part.patch_size)
+    tokens = 1 + rows * columns
+    embedding = multiply(maps * rows * columns, part.patch_size**2 * len(part.bands), part.width)
+    return embedding + part.depth * maps * layer(part.width, tokens), (rows, columns)
+
+
+def fusion(part: Any, spatial_width: int, places: int, dates: int) -> int:
+    """FLOPs of the temporal fusion: (1 + dates) tokens a place, of which the last layer asks for the first alone."""
+    tokens = 1 + dates
+    layers = (part.depth - 1) * layer(part.width, tokens) + layer(part.width, tokens, queries=1)
+    return places * (multiply(dates, spatial_width, part.width) + layers)
+
+
+def prototypes(part: Any, width: int, places: int) -> int:
+    """FLOPs of the attention over one region's prototypes: query, scores, values, projection."""
+    return places * (2 * multiply(1, width, part.width) + 2 * multiply(1, part.width, part.count))
+
+
+def layer(width: int, tokens: int, queries: int | None = None) -> int:
+    """FLOPs of a pre-norm layer on one sequence; `queries`: how many tokens are asked for, all if None."""
+    asked = tokens if queries is None else queries
+    projections = 2 * multiply(tokens, width, width) + 2 * multiply(asked, width, width)
+    return projections + 2 * multiply(asked, width, tokens) + 2 * multiply(asked, width, MLP_RATIO * width)
+
+
+def heads(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """FLOPs of one network's heads on a training sample, a stream: every row that a level may have.
+
+    Student and teacher score the same rows, so the count is the same for both.
+    """
+    objective, model = config.objective, config.model
+    streams = [m for m in STREAMS if m in model.modalities] + ["fused"]
+    fused = model.fusion.width if model.fusion is not None else model.spatial_width
+    counts = {}
+    for stream in streams:
+        maps, cells = _paired_maps(config, stream)
+        rows = {
+            "pixel": sum(pairs * min(objective.pixel.tokens, n) for pairs, n in zip(maps, cells, strict=True)),
+            "object": sum(maps) * objective.object.clusters,
+            "image": sum(maps),
+        }
+        row = multiply(1, fused if stream == "fused" else model.spatial_width, objective.head_hidden)
+        row += multiply(1, objective.head_hidden, objective.head_bottleneck)
+        if objective.kind == "dino":
+            row += multiply(1, objective.head_bottleneck, objective.classes)
+        counts[f"heads/{stream}"] = row * sum(rows[level] for level in LEVELS if objective.weights[level])
+    return counts
+
+
+def view_images(config: ml_collections.ConfigDict) -> dict[str, tuple[int, dict[str, Images]]]:
+    """Group of views ("global", "local") -> how many a sample has, and the size of each modality's images in one."""
+    data, modalities = config.data, config.model.modalities
+
+    def sizes(group: Any, dates: Any) -> dict[str, Images]:
+        return {m: Images(dates[m], group.size[m], group.size[m]) for m in modalities}
+
+    groups = {"global": (GLOBAL_VIEWS, sizes(data.global_views, data.dates))}
+    if data.local_views.count:
+        groups["local"] = (data.local_views.count, sizes(data.local_views, data.local_views.dates))
+    return groups
+
+
+def training(config: ml_collections.ConfigDict) -> dict[str, dict[str, int]]:
+    """Forward FLOPs of a training sample: {"student": {part: FLOPs}, "teacher": {part: FLOPs}}, heads among the parts.
+
+    The student sees every view, the teacher the global ones.
+    """
+    of_heads = heads(config)
+    groups = {name: encoder(config.model, images, sites=views) for name, (views, images) in view_images(config).items()}
+    student: dict[str, int] = {}
+    for parts in groups.values():
+        for part, count in parts.items():
+            student[part] = student.get(part, 0) + count
+    return {"student": student | of_heads, "teacher": groups["global"] | of_heads}
+
+
+def model_flops(config: ml_collections.ConfigDict) -> int:
+    """What training on one sample takes without any recomputation: 3 x the student's forward pass + 1 x the teacher's.
+
+    Going back costs twice what going forward does: one product for the inputs' gradient, one for the weights'.
+    """
+    passes = training(config)
+    return 3 * sum(passes["student"].values()) + sum(passes["teacher"].values())
+
+
+def multiply(rows: int, inner: int, columns: int) -> int:
+    """FLOPs of a (rows, inner) by (inner, columns) matrix product."""
+    return 2 * rows * inner * columns
+
+
+def _stem(part: Any, tokens: int) -> int:
+    """The patch embedding, or the convolutions of 3 x 3 and stride 2 with a projection after."""
+    channels = len(part.bands)
+    if part.get("stem", "patch") == "patch":
+        return multiply(tokens, part.patch_size**2 * channels, part.width)
+    steps = part.patch_size.bit_length() - 1
+    widths = [channels, *(max(part.width // 2 ** (steps - 1 - i), 1) for i in range(steps))]
+    convolutions = sum(multiply(tokens * 4 ** (steps - 1 - i), 9 * widths[i], widths[i + 1]) for i in range(steps))
+    return convolutions + multiply(tokens, part.width, part.width)
+
+
+def _paired_maps(config: ml_collections.ConfigDict, stream: str) -> tuple[list[int], list[int]]:
+    """A group of views each: pairs of maps (a student's view and date with the teacher's), and cells of a map."""
+    maps, cells = [], []
+    for name, (views, images) in view_images(config).items():
+        pairs = views * (GLOBAL_VIEWS - 1 if name == "global" else GLOBAL_VIEWS)
+        maps.append(pairs * (1 if stream == "fused" else images[stream].dates))
+        cells.append(_grid_cells(config.model, images))
+    return maps, cells
+
+
+def _grid_cells(model: ml_collections.ConfigDict, images: Mapping[str, Images]) -> int:
+    """Places of the common grid."""
+    name = next(m for m in GRID_FROM if m in images)
+    part, size = model.modalities[name], images[name]
+    cell = part.patch_size * 2 ** (len(part.depths) - 1) if part.kind == "swin_v2" else part.patch_size
+    cell //= part.get("up_factor") or 1
+    return -(-size.rows // cell) * -(-size.columns // cell)
