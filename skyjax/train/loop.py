@@ -25,7 +25,8 @@ from jax.sharding import Mesh
 from skyjax import __version__
 from skyjax.config import to_json
 from skyjax.input.loader import Loader, device_batches
-from skyjax.models.parameters import table
+from skyjax.models.parameters import parts, show, table
+from skyjax.parallel import flops
 from skyjax.parallel.mesh import make_mesh
 from skyjax.parallel.sharding import batch_sharding, check_batch_size, replicated, state_shardings, with_shardings
 from skyjax.sensors import statistics
@@ -189,15 +190,32 @@ def evaluate(evaluators: Sequence[Evaluator], state: states.State, step: int) ->
 
 
 def dry_run(config: ml_collections.ConfigDict) -> str:
-    """The resolved config and the parameters of every part, without allocating them. Errors as in `train`."""
-    params = states.abstract(config)["params"]
-    lines = [to_json(config), ""]
-    for name, part in params.items():
-        found = table(part)
-        lines += [f"{name}/{row.path}  {row.shape}  {row.count:,}" for row in found.rows]
-        lines += [f"{name}/{path}: {count:,} parameters" for path, count in found.parts.items()]
-        lines += [f"{name}: {found.total:,} parameters", ""]
-    return "\n".join(lines)
+    """The resolved config, every parameter, and the parts of the model with their FLOPs; nothing is allocated.
+
+    Errors as in `train`.
+    """
+    state = states.abstract(config)
+    params = state["params"]
+    rows = [f"{row.path}  {row.shape}  {row.count:,}" for row in table(params).rows]
+    lines = parts(params["encoder"], params["heads"], state.get("prototypes"))
+    images = flops.view_images(config)["global"][1]
+    passes = flops.training(config)
+    training = {name: 3 * count + passes["teacher"].get(name, 0) for name, count in passes["student"].items()}
+    columns = {"GFLOPs a view": flops.encoder(config.model, images), "GFLOPs a sample": training}
+    sizes = ", ".join(f"{m} {n.dates} x {n.rows} x {n.columns} px" for m, n in images.items())
+    return "\n".join(
+        [
+            to_json(config),
+            "",
+            *rows,
+            "",
+            show(lines, columns),
+            "",
+            f"A view: one forward pass on one global view ({sizes}).",
+            "A sample: a training step's share, 3 x the student's forward passes + the teacher's, all views, without"
+            " recomputation.",
+        ]
+    )
 
 
 def versions() -> dict[str, str]:

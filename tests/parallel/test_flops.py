@@ -1,0 +1,161 @@
+"""Counted by hand on small parts, exactly the matrix products that JAX traces at paper size, and XLA's own count."""
+
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from skyjax.config import load_config
+from skyjax.models import skysense
+from skyjax.parallel import flops
+from skyjax.parallel.flops import Images
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "skysense.py"
+
+
+def test_a_vit_by_hand():
+    part = ml_collections.ConfigDict({"width": 6, "depth": 2, "heads": 3, "patch_size": 2, "bands": ("a", "b", "c")})
+    # 5 x 3 pixels are 3 x 2 patches; with the class token 7 tokens.
+    embedding = 2 * 6 * (2 * 2 * 3) * 6
+    projections = 4 * (2 * 7 * 6 * 6)
+    scores_and_values = 2 * (2 * 7 * 7 * 6)
+    feed_forward = 2 * (2 * 7 * 6 * 24)
+    want = 5 * (embedding + 2 * (projections + scores_and_values + feed_forward))
+    assert flops.vit(part, Images(5, 5, 3), 5) == (want, (3, 2))
+
+
+def test_a_swin_by_hand():
+    part = ml_collections.ConfigDict(
+        {"width": 4, "depths": (1, 2), "heads": (1, 2), "window": 4, "patch_size": 2, "bands": ("a", "b", "c")}
+    )
+    # 12 x 10 pixels: stage 0 has 6 x 5 places, padded to 8 x 8 for windows of 16 places.
+    embedding = 2 * 30 * (2 * 2 * 3) * 4
+    bias = 49 * (2 * 2 * 512 + 2 * 512 * 1)
+    first = 4 * (2 * 64 * 4 * 4) + 2 * (2 * 64 * 16 * 4) + 2 * (2 * 30 * 4 * 16)
+    # Stage 1 has 3 x 3 places, fewer than a window: one window of 9.
+    merging = 2 * 9 * (4 * 4) * 8
+    second = 4 * (2 * 9 * 8 * 8) + 2 * (2 * 9 * 9 * 8) + 2 * (2 * 9 * 8 * 32)
+    bias_of_two_heads = 49 * (2 * 2 * 512 + 2 * 512 * 2)
+    want = 3 * (embedding + first + merging + 2 * second) + bias + 2 * bias_of_two_heads
+    assert flops.swin_v2(part, Images(3, 12, 10), 3) == (want, (3, 3))
+
+
+def test_fusion_and_prototypes_by_hand():
+    part = ml_collections.ConfigDict({"width": 8, "depth": 2, "heads": 2})
+    projection = 2 * 4 * 12 * 8
+    first = 4 * (2 * 5 * 8 * 8) + 2 * (2 * 5 * 5 * 8) + 2 * (2 * 5 * 8 * 32)
+    last = 2 * (2 * 5 * 8 * 8) + 2 * (2 * 8 * 8) + 2 * (2 * 5 * 8) + 2 * (2 * 8 * 32)
+    assert flops.fusion(part, spatial_width=12, places=10, dates=4) == 10 * (projection + first + last)
+    bank = ml_collections.ConfigDict({"width": 3, "count": 7})
+    query, scores, values, out = 2 * 8 * 3, 2 * 3 * 7, 2 * 7 * 3, 2 * (8 + 3) * 8
+    assert flops.prototypes(bank, width=8, places=10) == 10 * (query + scores + values + out)
+
+
+def test_heads_by_hand():
+    config = load_config(CONFIG, ["size=tiny", "objective.pixel.tokens=5", "objective.object.clusters=3"])
+    row = 2 * 768 * 512 + 2 * 512 * 128 + 2 * 128 * 4096
+    # Two pairs of global views and eight of a local with a global one; 20 and 5 dates; places are plenty.
+    maps = 2 * 20 + 8 * 5
+    assert flops.heads(config)["heads/multispectral"] == maps * (5 + 3 + 1) * row
+    config.objective.weights.object = 0.0
+    assert flops.heads(config)["heads/multispectral"] == maps * (5 + 1) * row
+    config.objective.kind = "infonce"  # without classes
+    assert flops.heads(config)["heads/fused"] == 10 * (5 + 1) * (2 * 192 * 512 + 2 * 512 * 128)
+
+
+def abstract_images(model, images, sites):
+    def of(modality, size):
+        bands = len(model.modalities[modality].bands)
+        struct = jax.ShapeDtypeStruct
+        return {
+            "values": struct((sites, *size, bands), jnp.float32),
+            "days": struct((sites, size.dates), jnp.int32),
+            "valid": struct((sites, size.dates), bool),
+            "clear": struct((sites, *size), bool),
+            "bands": struct((sites, bands), bool),
+        }
+
+    return {modality: of(modality, size) for modality, size in images.items()}
+
+
+def abstract_call(model, images, sites):
+    """The encoder as a function of shapes: (function, its abstract arguments)."""
+    inputs = {"images": abstract_images(model, images, sites)}
+    if model.prototypes:
+        bank = model.prototypes
+        inputs["lonlat"] = jax.ShapeDtypeStruct((sites, 2), jnp.float32)
+        inputs["prototypes"] = jax.ShapeDtypeStruct((bank.regions**2, bank.count, bank.width), jnp.float32)
+    params = jax.eval_shape(lambda key: skysense.init(model, key), jax.random.key(0))
+    return lambda params, inputs: skysense.apply(model, params, **inputs), (params, inputs)
+
+
+def traced_products(jaxpr):
+    """2 x multiply-adds of every dot_general in a jaxpr; a scan's body as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += times * traced_products(inner)
+    return total
+
+
+@pytest.mark.parametrize("size", ["tiny", "huge"])
+def test_equals_the_products_that_are_traced(size):
+    # Positions of the crop's own size: resizing them is a product too, which is not counted.
+    overrides = [f"size={size}", *(f"model.modalities.{m}.image_size=16" for m in ("multispectral", "sar"))]
+    model = load_config(CONFIG, overrides).model
+    everything = {"optical": Images(1, 512, 512), "multispectral": Images(20, 16, 16), "sar": Images(10, 16, 16)}
+    for images in (everything, {"optical": Images(1, 500, 330)}):
+        function, arguments = abstract_call(model, images, sites=2)
+        traced = traced_products(jax.make_jaxpr(function)(*arguments).jaxpr)
+        assert sum(flops.encoder(model, images, sites=2).values()) == traced
+
+
+def test_xla_counts_little_more():
+    """The rest is work an element; the narrower the model, the more of it."""
+    config = load_config(
+        CONFIG,
+        [
+            "size=tiny",
+            "model.dtype=float32",
+            "model.remat=none",
+            "model.scan=false",
+            "model.modalities.optical.width=96",
+            "model.modalities.optical.depths=(2,2)",
+            "model.modalities.optical.heads=(2,4)",
+            "model.modalities.optical.window=4",
+            "model.modalities.sar.width=192",
+            "model.modalities.sar.depth=2",
+            "model.spatial_width=192",
+            "model.fusion.depth=2",
+            "model.prototypes.regions=2",
+        ],
+    )
+    with config.unlocked():
+        del config.model.modalities.multispectral
+    images = {"optical": Images(1, 64, 64), "sar": Images(3, 8, 12)}
+    function, arguments = abstract_call(config.model, images, sites=2)
+    compiled = jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
+    counted = compiled.cost_analysis()["flops"]
+    assert 1 < counted / sum(flops.encoder(config.model, images, sites=2).values()) < 1.07
+
+
+def test_a_training_sample_is_all_views_of_the_student_and_the_global_ones_of_the_teacher():
+    config = load_config(CONFIG, ["size=base"])
+    passes = flops.training(config)
+    groups = flops.view_images(config)
+    assert groups["global"] == (2, {"optical": (1, 512, 512), "multispectral": (20, 16, 16), "sar": (10, 16, 16)})
+    assert groups["local"] == (4, {"optical": (1, 256, 256), "multispectral": (5, 8, 8), "sar": (3, 8, 8)})
+    views = [flops.encoder(config.model, images, sites=count) for count, images in groups.values()]
+    assert passes["student"]["fusion"] == views[0]["fusion"] + views[1]["fusion"]
+    assert passes["teacher"]["fusion"] == views[0]["fusion"]
+    assert passes["teacher"]["heads/sar"] == passes["student"]["heads/sar"] == flops.heads(config)["heads/sar"]
+    total = 3 * sum(passes["student"].values()) + sum(passes["teacher"].values())
+    assert flops.model_flops(config) == total
