@@ -15,7 +15,6 @@ from skyjax.models.listed import from_listed, to_listed
 Weights = Mapping[str, np.ndarray]
 
 DAYS_RELEASED = 365
-DAYS_OURS = 366
 
 
 class Layout(NamedTuple):
@@ -56,16 +55,8 @@ MERGING = Layout(
 )
 
 
-def _dates_read(x: np.ndarray) -> Sequence[np.ndarray]:
-    """31 December of leap years has no released row; it starts as a copy of 31 December of the others."""
-    return (np.concatenate([x[0], x[0, -1:]]) if x.shape[1] == DAYS_RELEASED else x[0],)
-
-
-def _dates_write(x: np.ndarray) -> np.ndarray:
-    return x[None, :DAYS_RELEASED]
-
-
-DATES = Layout(_dates_read, _dates_write)
+# 31 December of leap years has no released row: it starts as a copy of 31 December of the others.
+DATES = Layout(lambda x: (np.concatenate([x[0], x[0, -1:]]),), lambda x: x[None, :DAYS_RELEASED])
 
 
 def _cells(factor: int) -> tuple[Layout, Layout]:
@@ -117,9 +108,9 @@ def fusion(depth: int) -> list[Rule]:
     ]
 
 
-def dates() -> list[Rule]:
-    """The rule of the table of dates, 365 rows there and 366 here; one of 366 is read as it is."""
-    return [Rule("ctpe", ("dates",), DATES)]
+def dates(rows: int = DAYS_RELEASED) -> list[Rule]:
+    """The rule of the table of dates: 366 rows here, 365 as released; one of 366 is read as it is."""
+    return [Rule("ctpe", ("dates",), DATES if rows == DAYS_RELEASED else TABLE)]
 
 
 def up_head(factor: int) -> list[Rule]:
@@ -164,6 +155,22 @@ def to_params(rules: Sequence[Rule], weights: Weights) -> dict[str, Any]:
 def from_params(rules: Sequence[Rule], params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A part's parameters, or anything of their shapes such as gradients, under the published names."""
     return write(rules, {name: np.asarray(value) for name, value in to_listed(params).items()})
+
+
+def buffer(name: str, window: int) -> np.ndarray:
+    """A tensor of window attention that is no weight: the published modules build it, and their files may hold it.
+
+    Args:
+      name: it ends in "relative_coords_table" (1, 2w-1, 2w-1, 2) float32 or "relative_position_index" (w^2, w^2) int64.
+      window: of the stage.
+    """
+    if name.endswith("relative_coords_table"):
+        steps = np.arange(1 - window, window, dtype=np.float32) / np.float32(window - 1) * np.float32(8)
+        logs = np.sign(steps) * np.log2(np.abs(steps) + 1) / np.float32(3)
+        return np.stack(np.meshgrid(logs, logs, indexing="ij"), -1)[None]
+    places = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij"), -1).reshape(-1, 2)
+    offset = places[:, None] - places[None] + window - 1
+    return offset[..., 0] * (2 * window - 1) + offset[..., 1]
 
 
 def _swin_block(theirs: str, ours: str) -> list[Rule]:

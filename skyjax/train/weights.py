@@ -1,0 +1,203 @@
+"""The weights folder: an encoder in two files that anything can read, without Orbax, without the run that it came from.
+
+    FOLDER/model.safetensors    float32, every layer by itself under its listed name (models/listed.py); where the model
+                                has geo-prototypes, their table too, as "prototypes.table"
+    FOLDER/skyjax.json          {"format": 1, "skyjax": version, "config": ..., "statistics": ..., "step": int,
+                                "source": what a released file had besides or null, "data": ..., "licence": ...}
+    FOLDER/source.safetensors   only after an import: the released file's tensors that the model does not use
+
+`skyjax import` and `skyjax export --format=safetensors` write it, `skyjax.load` reads it.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from skyjax import __version__
+from skyjax.errors import UserError
+from skyjax.models import skysense
+from skyjax.models.listed import from_listed, to_listed
+
+WEIGHTS, NOTES, EXTRAS = "model.safetensors", "skyjax.json", "source.safetensors"
+FORMAT = 1
+TABLE = "prototypes.table"
+LISTED_IN_ERRORS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """What a folder holds.
+
+    Attributes:
+      listed: listed name -> float32 array; without the table.
+      config: of the experiment; `model` at least.
+      statistics: modality -> "sensors", "bands", "mean", "std".
+      step: steps that it was trained for; 0 where nobody knows.
+      prototypes: the table of geo-prototypes (regions, count, width), or None.
+      source: what a released file was like (convert/released.py), its unused tensors under "tensors"; or None.
+      data: what it was trained on, in words or as the config's list; None where unknown.
+      licence: of the weights, in words.
+    """
+
+    listed: Mapping[str, np.ndarray]
+    config: ml_collections.ConfigDict
+    statistics: Mapping[str, Mapping[str, Any]]
+    step: int = 0
+    prototypes: np.ndarray | None = None
+    source: Mapping[str, Any] | None = None
+    data: Any = None
+    licence: str | None = None
+
+
+def is_folder(path: pathlib.Path) -> bool:
+    """Whether this is a weights folder, or was meant to be one."""
+    return (path / NOTES).is_file()
+
+
+def save(folder: pathlib.Path, weights: Weights) -> None:
+    """Writes the files into a folder that is there."""
+    tensors = {name: _plain(value) for name, value in weights.listed.items()}
+    if weights.prototypes is not None:
+        tensors[TABLE] = _plain(weights.prototypes)
+    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    source = None if weights.source is None else {k: v for k, v in weights.source.items() if k != "tensors"}
+    if weights.source is not None and weights.source["tensors"]:
+        extras = {name: np.ascontiguousarray(value) for name, value in weights.source["tensors"].items()}
+        safetensors.numpy.save_file(extras, folder / EXTRAS)
+    notes = {
+        "format": FORMAT,
+        "skyjax": __version__,
+        "config": weights.config.to_dict(),
+        "statistics": weights.statistics,
+        "step": weights.step,
+        "source": source,
+        "data": weights.data,
+        "licence": weights.licence,
+    }
+    (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load(folder: pathlib.Path) -> Weights:
+    """What `save` wrote, every array checked against the config.
+
+    Raises:
+      UserError: a file is missing, damaged, of a newer format, or holds other parameters than the config asks for.
+    """
+    notes = _read_notes(folder / NOTES)
+    config = ml_collections.ConfigDict(notes["config"]).lock()
+    tensors = read_safetensors(folder / WEIGHTS)
+    table = tensors.pop(TABLE, None)
+    check(tensors, table, config.model, folder / WEIGHTS)
+    source = notes.get("source")
+    if source is not None:
+        extras = folder / EXTRAS
+        source = {**source, "tensors": read_safetensors(extras) if extras.is_file() else {}}
+    return Weights(
+        tensors,
+        config,
+        notes["statistics"],
+        notes.get("step", 0),
+        table,
+        source,
+        notes.get("data"),
+        notes.get("licence"),
+    )
+
+
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Every tensor of a file by its name.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it holds a type that numpy has not.
+    """
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f'"{path}" cannot be read: {error}; copy it anew') from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f'"{path}" holds a type that is not read here: {error}') from error
+
+
+def check(
+    listed: Mapping[str, np.ndarray], table: np.ndarray | None, model: ml_collections.ConfigDict, path: pathlib.Path
+) -> None:
+    """Holds arrays to what a model's config asks for.
+
+    Raises:
+      UserError: the config contradicts itself; or arrays are missing, left over, or of another shape or type.
+    """
+    wanted = shapes(model)
+    found = {name: (value.shape, value.dtype.name) for name, value in listed.items()}
+    prototypes = model.get("prototypes")
+    if prototypes is not None:
+        wanted[TABLE] = ((prototypes.regions**2, prototypes.count, prototypes.width), "float32")
+    if table is not None:
+        found[TABLE] = (table.shape, table.dtype.name)
+    problems = {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "left over": sorted(found.keys() - wanted.keys()),
+        "of another shape": [name for name in wanted if name in found and found[name] != wanted[name]],
+    }
+    told = "; ".join(f"{what}: {enumerate_names(names)}" for what, names in problems.items() if names)
+    if told:
+        raise UserError(f'"{path}" does not fit its config; {told}')
+
+
+def shapes(model: ml_collections.ConfigDict) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Listed name -> shape and type of every parameter of a model; nothing is allocated.
+
+    Raises:
+      UserError: values of the config contradict each other.
+    """
+    return {name: (value.shape, value.dtype.name) for name, value in zeros(model).items()}
+
+
+def zeros(model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+    """Listed name -> zeros of its shape; they all share one number.
+
+    Raises:
+      UserError: values of the config contradict each other.
+    """
+    try:
+        abstract = jax.eval_shape(lambda key: skysense.init(model, key), jax.random.key(0))
+    except (ValueError, AttributeError, KeyError, TypeError) as error:  # models know nothing of configs
+        raise UserError(f"config: {error}") from error
+    return to_listed(jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract))
+
+
+def params(weights: Weights) -> dict[str, Any]:
+    """The parameters as the model takes them."""
+    return from_listed(weights.listed)
+
+
+def enumerate_names(names: list[str], most: int = LISTED_IN_ERRORS) -> str:
+    """Some names in a row, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _read_notes(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        notes = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f'"{path}" cannot be read: {error}; copy it anew') from error
+    if not isinstance(notes, dict) or not {"format", "config", "statistics"} <= notes.keys():
+        raise UserError(f'"{path}" is not the description of a weights folder: it lacks format, config or statistics')
+    if not isinstance(notes["config"], dict) or "model" not in notes["config"]:
+        raise UserError(f'"{path}": config has no "model"; copy the file anew')
+    if notes["format"] != FORMAT:
+        raise UserError(f'"{path}" has format {notes["format"]} and this skyjax reads {FORMAT}; install a newer skyjax')
+    return notes
+
+
+def _plain(value: Any) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(value))
