@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from skyjax.models.fusion import Fusion, day_of_year
@@ -20,6 +22,14 @@ def test_day_of_year_agrees_with_the_calendar():
     got = jax.jit(day_of_year)(days)
     assert got.dtype == jnp.int32
     assert_array_equal(got, [date.timetuple().tm_yday - 1 for date in dates])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.dates(), min_size=64, max_size=64))
+def test_day_of_year_in_any_year_of_the_calendar(dates):
+    """Years 1 to 9999, as Python counts them."""
+    days = np.array([(date - EPOCH).days for date in dates], np.int32)
+    assert_array_equal(day_of_year(days), [date.timetuple().tm_yday - 1 for date in dates])
 
 
 @pytest.fixture(scope="module")
