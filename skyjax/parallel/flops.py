@@ -5,7 +5,7 @@ merging, projections, attention's scores and values, feed-forwards, Swin's posit
 fusion (whose last layer asks one query a place), geo-prototypes and the heads of the objective. Padding to whole
 patches and windows is computed, so it counts; so do masked dates and pixels.
 
-What does not: norms, softmax, GELU and other work an element, resizing of positions and features, Sinkhorn-Knopp,
+What does not: norms, softmax, GELU, means and other work an element, resizing of positions and features, balancing,
 clustering, comparisons between samples. XLA's own count of a small float32 model is within 7 % (tests/parallel).
 """
 
