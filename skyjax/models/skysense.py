@@ -1,4 +1,4 @@
-"""The encoder: spatial encoders a modality, up-heads to one width and grid, temporal fusion.
+"""The encoder: spatial encoders a modality, up-heads to one width and grid, temporal fusion, geo-context.
 
 `init` and `apply` are all that the rest of the program sees: plain nested dicts of arrays go in and come out. What the
 config's keys mean stands in configs/pretrain_sample.py; what follows the paper, in docs/fidelity.md.
@@ -6,6 +6,7 @@ config's keys mean stands in configs/pretrain_sample.py; what follows the paper,
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -13,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int32
 
 from skyjax.models.fusion import Fusion
 from skyjax.models.layers import Compute
+from skyjax.models.prototypes import Prototypes, centres, lookup, region_of
 from skyjax.models.resize import mask_to_grid, to_grid, valid_cells
 from skyjax.models.swin_v2 import SwinV2
 from skyjax.models.up_head import UpHead
@@ -32,7 +34,9 @@ GRID_FROM = ("multispectral", "optical", "sar")  # whose cells are the common gr
 
 
 def init(model_config: Config, key: jax.Array) -> Params:
-    """Fresh float32 parameters: {MODALITY: ..., "up_heads": {MODALITY: ...}, "fusion": ...}, what there is.
+    """Fresh float32 parameters: {MODALITY: ..., "up_heads": {MODALITY: ...}, "fusion": ..., "prototypes": ...}.
+
+    What the config has none of has no key.
 
     Can be traced by `jax.jit` and `jax.eval_shape`, so that parameters are born where their shardings say.
 
@@ -42,6 +46,12 @@ def init(model_config: Config, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(SkySense(model_config, nnx.Rngs(key)), nnx.Param))
 
 
+def init_prototypes(model_config: Config, key: jax.Array) -> Float[Array, "r k p"] | None:
+    """The table of geo-prototypes, drawn with unit variance as queries have it; None where the config has none."""
+    shape = _table_shape(model_config)
+    return None if shape is None else jax.random.normal(key, shape)
+
+
 def apply(
     model_config: Config,
     params: Params,
@@ -49,33 +59,81 @@ def apply(
     *,
     grid: tuple[int, int] | None = None,
     key: jax.Array | None = None,
+    lonlat: Float[Array, "b 2"] | None = None,
+    prototypes: Float[Array, "r k p"] | None = None,
 ) -> Output:
     """Features of the sequences of `b` sites.
 
     Args:
       model_config: `config.model`.
-      params: as `init` gives them.
+      params: as `init` gives them; "prototypes" may stand there without the config's asking for them.
       images: MODALITY -> "values" (b, t, h, w, c) normalised, "days" (b, t), "valid" (b, t), "clear" (b, t, h, w),
         "bands" (b, c). A modality that the model does not have is passed over; one that is not given is absent.
         Values under a mask are never read.
       grid: rows and columns of the common grid; None: the cells of the multispectral images, else of the optical,
         else of the SAR images.
       key: given in training, where it drives stochastic depth.
+      lonlat: positions of the sites in degrees, NaN where unknown; None: all unknown.
+      prototypes: the table of geo-prototypes, as `init_prototypes` gives it. Without it there is no context.
 
     Returns:
       "encoder" {m: (b, t, h', w', d_m)} and "encoder_valid" {m: (b, t, h', w')}: before the up-head;
       "spatial" {m: (b, t, H, W, s)} and "spatial_valid" {m: (b, t, H, W)}: after it, on the common grid (H, W);
       "fused" (b, H, W, d) and "fused_valid" (b, H, W): without a fusion the mean of "spatial" over valid dates, 0 where
-      there are none; "context" None; "pooled" (b, d) float32, the mean of `fused` over valid places, 0 where there are
-      none; "days" {m: (b, t)}. Features that are not valid are finite.
+      there are none; "context" (b, H, W, d), `fused` with what its region's prototypes tell, or None; "pooled" (b, d)
+      float32, the mean of `fused` over valid places, 0 where there are none; "days" {m: (b, t)}. Features that are not
+      valid are finite.
 
     Raises:
-      ValueError: none of the model's modalities is given.
+      ValueError: none of the model's modalities is given, or the table is not of the config's size.
     """
+    return _module(model_config, params)(images, grid, key, lonlat, prototypes)
+
+
+def prototype_centres(
+    model_config: Config,
+    params: Params,
+    fused: Float[Array, "b h w d"],
+    valid: Bool[Array, "b h w"],
+    lonlat: Float[Array, "b 2"],
+    prototypes: Float[Array, "r k p"],
+) -> tuple[Float[Array, "b k p"], Int32[Array, "b"]]:
+    """What `b` sites tell about the prototypes of their regions (models/prototypes.py, `centres` and `update`).
+
+    Args:
+      model_config: `config.model`, with prototypes.
+      params: as `init` gives them.
+      fused: features of a site; several views of one site stand one below the other.
+      valid: the places that count.
+      lonlat: as in `apply`.
+      prototypes: the table.
+
+    Returns:
+      The centres, and the region of each site: -1 where its position is unknown or no place of it is valid.
+    """
+    config = model_config.prototypes
+    regions = jnp.where(valid.any(axis=(1, 2)), region_of(lonlat, config.regions), -1)
+    module = _module(model_config, params).prototypes
+    assert module is not None, "model.prototypes is None"
+    queries = module.queries(fused)
+    b = len(queries)
+    found = centres(
+        queries.reshape(b, -1, queries.shape[-1]),
+        valid.reshape(b, -1),
+        lookup(prototypes, regions),
+        epsilon=config.epsilon,
+        iterations=config.iterations,
+    )
+    return found, regions
+
+
+def _module(model_config: Config, params: Params) -> "SkySense":
     graph, abstract = _structure(json.dumps(model_config.to_dict(), sort_keys=True))
     state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one must not be filled with tracers
+    if model_config.get("prototypes") is None:
+        params = {name: part for name, part in params.items() if name != "prototypes"}
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)(images, grid, key)
+    return nnx.merge(graph, state)
 
 
 @functools.lru_cache(maxsize=64)
@@ -86,7 +144,7 @@ def _structure(config_json: str) -> tuple[Any, Any]:
 
 
 class SkySense(nnx.Module):
-    """Encoders, up-heads and fusion of one config."""
+    """Encoders, up-heads, fusion and geo-context of one config."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         compute = Compute(jnp.dtype(config.dtype), config.scan, config.remat, config.drop_path)
@@ -111,8 +169,17 @@ class SkySense(nnx.Module):
         self.up_heads = nnx.Dict(up_heads)
         self.cells = tuple(cells.items())
         self.fusion = _fusion(config, compute, rngs)
+        self.prototypes = _prototypes(config, compute, rngs)
+        self.table_shape = _table_shape(config)
 
-    def __call__(self, images: Mapping[str, Images], grid: tuple[int, int] | None, key: jax.Array | None) -> Output:
+    def __call__(
+        self,
+        images: Mapping[str, Images],
+        grid: tuple[int, int] | None,
+        key: jax.Array | None,
+        lonlat: Float[Array, "b 2"] | None,
+        prototypes: Float[Array, "r k p"] | None,
+    ) -> Output:
         """As `apply`."""
         given = [m for m in self.modalities if m in images]
         if not given:
@@ -141,7 +208,7 @@ class SkySense(nnx.Module):
         return output | {
             "fused": fused,
             "fused_valid": fused_valid,
-            "context": None,
+            "context": self._context(fused, lonlat, prototypes),
             "pooled": _mean(fused, fused_valid),
         }
 
@@ -172,6 +239,16 @@ class SkySense(nnx.Module):
             "extent": (h / cell, w / cell),
         }
 
+    def _context(self, fused: Float[Array, "b h w d"], lonlat: Array | None, table: Array | None) -> Array | None:
+        """Geo-context of every place, or None where the model or the caller has no prototypes."""
+        if self.prototypes is None or table is None:
+            return None
+        if table.shape != self.table_shape:
+            raise ValueError(f"prototypes has the shape {table.shape}; model.prototypes asks for {self.table_shape}")
+        lonlat = jnp.full((len(fused), 2), jnp.nan) if lonlat is None else lonlat
+        regions = region_of(lonlat, math.isqrt(len(table)))
+        return self.prototypes(fused, lookup(table, regions), regions >= 0)
+
 
 def _swin(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.Rngs) -> SwinV2:
     last = part.width * 2 ** (len(part.depths) - 1)
@@ -189,6 +266,7 @@ def _swin(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.
         window=part.window,
         extra_norm_every=part.extra_norm_every,
         stem=part.get("stem", "patch"),
+        mask_padding=part.get("mask_padding", True),
         compute=compute,
         rngs=rngs,
     )
@@ -232,6 +310,18 @@ def _fusion(config: Config, compute: Compute, rngs: nnx.Rngs) -> Fusion | None:
             f"model.fusion is None, which goes with one modality only; model.modalities has {sorted(config.modalities)}"
         )
     return None
+
+
+def _prototypes(config: Config, compute: Compute, rngs: nnx.Rngs) -> Prototypes | None:
+    if config.get("prototypes") is None:
+        return None
+    fused_width = config.spatial_width if config.fusion is None else config.fusion.width
+    return Prototypes(fused_width=fused_width, width=config.prototypes.width, dtype=compute.dtype, rngs=rngs)
+
+
+def _table_shape(config: Config) -> tuple[int, int, int] | None:
+    prototypes = config.get("prototypes")
+    return None if prototypes is None else (prototypes.regions**2, prototypes.count, prototypes.width)
 
 
 def _fold(key: jax.Array | None, part: int) -> jax.Array | None:

@@ -117,7 +117,9 @@ _STREAM = 0x0B1EC7
 def _maps(output: Outputs, views: Batch, stream: str, *, student: bool) -> Maps:
     """One modality's maps, or the fused map as a sequence whose one date stands on the same day everywhere."""
     if stream == "fused":
-        features, places = output["fused"][:, :, None], output["fused_valid"][:, :, None]
+        # With geo-context, that is what is compared: its projections learn from nothing else.
+        fused = output["fused"] if output.get("context") is None else output["context"]
+        features, places = fused[:, :, None], output["fused_valid"][:, :, None]
         there = jnp.ones(features.shape[:3], bool)
         days = jnp.zeros(features.shape[:3], jnp.int32)
         return Maps(features, places, days, there, jnp.any(places, axis=(-2, -1)), places, views["to_view"])
@@ -137,7 +139,10 @@ def _pool(maps: Maps) -> tuple[Float[Array, "b v d"], Array]:
 
 
 def _metrics(teacher: Outputs) -> dict[str, Float[Array, ""]]:
-    """Effective rank and spread of the teacher's pooled fused features, all global views of all samples."""
+    """Effective rank and spread of the teacher's pooled fused features, all global views of all samples.
+
+    Without geo-context: it tells regions apart even where all features have become one.
+    """
     places = teacher["fused_valid"]
     feature, there = masked_mean(teacher["fused"], places)
     feature, there = feature.reshape(-1, feature.shape[-1]), there.reshape(-1)

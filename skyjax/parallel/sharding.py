@@ -21,6 +21,7 @@ Rule = tuple[str, tuple[str | None, ...]]
 RULES: tuple[Rule, ...] = (
     (r"step|counters/.*|optimizer/(.*/)?count", ()),
     (r".*/(bias|scale|temperature|logit_scale|positions|dates|extra_token|class_token)", ()),
+    (r"prototypes", ("fsdp", None, None)),  # (regions, k, d): a lookup moves the banks of a batch, never the table
     (r".*/classes", ("fsdp", None)),  # (k, d): a head's classes
     # (in, out): columns where the width grows, rows where it shrinks back, so that a block needs one sum over `tensor`
     (r".*/(out|down)/kernel", ("tensor", "fsdp")),

@@ -3,7 +3,8 @@
     {"step": int32, "params": {"encoder", "heads"}, "teacher": {"encoder", "heads"}, "optimizer": optax state,
      "counters": {"skipped": int32, "nonfinite_in_a_row": int32}}
 
-`step` counts the batches consumed, those included whose update was skipped.
+and, where the model has geo-prototypes, "prototypes": (regions, k, d) float32. `step` counts the batches consumed,
+those included whose update was skipped.
 """
 
 from typing import Any
@@ -22,6 +23,8 @@ from skyjax.train.optimizer import make_optimizer
 
 State = dict[str, Any]
 
+_TABLE = 0x6E0  # sets its draw apart from that of the parameters
+
 
 def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
     """The state before the first step; the teacher starts as a copy of the student.
@@ -30,7 +33,10 @@ def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
       UserError: a parameter does not match exactly one rule of the optimizer's multipliers.
     """
     params = init_params(config, key)
-    return {
+    table = skysense.init_prototypes(config.model, jax.random.fold_in(key, _TABLE))
+    # Without prototypes there is no such key: checkpoints from before there were any can still be read.
+    prototypes = {} if table is None else {"prototypes": table}
+    return prototypes | {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         # Buffers of its own: the state is donated, and a buffer can be given away once.
