@@ -47,6 +47,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_train(verbs)
     _add_eval(verbs, verb)
+    _add_import(verbs)
+    _add_export(verbs)
     _add_report(verbs)
     _add_data(verbs)
     return parser
@@ -109,6 +111,82 @@ def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
     if (workdir / "config.json").is_file():
         scores.keep_probe(workdir / scores.PROBES, result)
         print(f"Kept for {workdir / 'report.html'}: skyjax report --workdir={workdir}")
+    return 0
+
+
+def _add_import(verbs: Any) -> None:
+    importing = _verb(
+        verbs,
+        "import",
+        _import,
+        "Turns a released SkySense file into a folder that skyjax.load and --checkpoint read. A pickle is never run."
+        " Sizes are read from the weights, and what they do not tell is printed.",
+        "skyjax import --source=skysense_model_backbone_s2.pth --out=runs/skysense_s2",
+    )
+    importing.add_argument(
+        "--source", type=pathlib.Path, required=True, help=".pth or .safetensors, whole or one encoder"
+    )
+    importing.add_argument("--out", type=pathlib.Path, required=True, help="the folder; an earlier import is replaced")
+    importing.add_argument(
+        "--heads", default="", help="of the plain transformers: 8, or fusion:16,multispectral:8 (default: width / 64)"
+    )
+    importing.add_argument("--window", type=int, help="of the Swin's attention (default: by the file, else 8)")
+    importing.add_argument(
+        "--bands",
+        action="append",
+        default=[],
+        help="what the model is to see, by name: MODALITY:BAND,BAND or SENSOR:BAND,BAND, once a modality; as in"
+        " --bands=optical:red,green,blue,nir",
+    )
+    importing.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
+
+
+def _import(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.convert import importing
+
+    result = importing.run(options.source, options.out, heads=options.heads, window=options.window, bands=options.bands)
+    return _tell(importing.describe(result), result, options.json)
+
+
+def _add_export(verbs: Any) -> None:
+    export = _verb(
+        verbs,
+        "export",
+        _export,
+        "Writes a checkpoint for others, compares the written file with skyjax, and puts a model card beside it."
+        " skysense: the released names, .pth or .safetensors; safetensors: a folder for skyjax.load; pytorch: a folder"
+        " with a PyTorch module.",
+        "skyjax export --checkpoint=runs/pretrain_sample --format=safetensors --out=runs/weights",
+    )
+    export.add_argument(
+        "--checkpoint", type=pathlib.Path, required=True, help="a run, a checkpoint or a weights folder"
+    )
+    export.add_argument("--format", required=True, help="skysense, safetensors or pytorch")
+    export.add_argument(
+        "--out",
+        type=pathlib.Path,
+        required=True,
+        help="file or folder; an earlier one is replaced once the new is whole",
+    )
+    export.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
+
+
+def _export(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.convert import export
+
+    result = export.run(options.checkpoint, options.format, options.out)
+    return _tell(export.describe(result), result, options.json)
+
+
+def _tell(text: str, result: Any, path: pathlib.Path | None) -> int:
+    """Results for people, and for programs where they are wanted."""
+    print(text)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--json={path} cannot be written: {error.strerror}; name another file") from error
     return 0
 
 

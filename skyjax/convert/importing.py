@@ -12,11 +12,10 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from skyjax.convert import exchange, files
+from skyjax.convert import exchange, files, model_card
 from skyjax.convert.bands import Adapted, adapt_modality
 from skyjax.convert.released import UP_HEADS, Released, constants, model_config, understand
 from skyjax.errors import UserError, nearest
-from skyjax.models import fusion, swin_v2, vit
 from skyjax.models.listed import from_listed, to_listed
 from skyjax.sample import MODALITIES
 from skyjax.sensors import get_sensor, sensors, statistics
@@ -262,10 +261,7 @@ def _parts(
 def _sizes(model: ml_collections.ConfigDict, name: str) -> str:
     if name.startswith("up_heads."):
         return f"factor {model.modalities[name.split('.')[1]].up_factor}, to width {model.spatial_width}"
-    part = model.fusion if name == "fusion" else model.modalities[name]
-    keys = ("kind", "patch_size", "image_size", "width", "depths", "depth", "heads", "window", "extra_norm_every")
-    words = {key: part[key] for key in keys if key in part}
-    return ", ".join(f"{key} {' '.join(map(str, v)) if isinstance(v, tuple) else v}" for key, v in words.items())
+    return model_card.sizes(model.fusion if name == "fusion" else model.modalities[name])
 
 
 def _choices(
@@ -285,12 +281,7 @@ def _choices(
         taken = ", ".join(f"{name} {count}" for name, count in plain.items())
         why = "--heads" if heads else "width / 64, or 4 below a width of 256; change them by --heads="
         lines.append(f"Heads of the plain transformers: {taken} ({why}).")
-    epsilons = {"swin_v2": swin_v2.EPSILON, "vit": vit.EPSILON}
-    kinds = {part.kind for part in model.modalities.values()}
-    norms = [f"{kind} {epsilon:g}" for kind, epsilon in epsilons.items() if kind in kinds]
-    if model.fusion is not None:
-        norms.append(f"fusion {fusion.EPSILON:g}")
-    lines.append(f"Epsilon of the layer norms, which files do not tell: {', '.join(norms)}.")
+    lines.append(f"Epsilon of the layer norms, which files do not tell: {model_card.epsilons(model)}.")
     if model.fusion is not None:
         if released.find("fusion", "dates"):
             row = "31 December of leap years is a copy of 31 December: released tables have 365 rows."

@@ -15,41 +15,90 @@ import numpy as np
 from skyjax.input.device import normalize
 from skyjax.input.site import site_images
 from skyjax.models import skysense
+from skyjax.models.listed import from_listed, to_listed
 from skyjax.sample import Sample
-from skyjax.train import checkpoint
+from skyjax.train import checkpoint, weights
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """The teacher's encoder of a run, its config, and the statistics that it was trained with.
+    """The teacher's encoder of a run, or an imported encoder; its config, and the statistics that it was trained with.
 
     Attributes:
-      config: of the experiment.
+      config: of the experiment; an imported encoder has `model` alone.
       params: the encoder's, a nested dict of float32 arrays.
       statistics: modality -> {"sensors", "bands", "mean", "std"} (train/loop.py, `statistics_table`).
       step: steps that it was trained for.
+      prototypes: the table of geo-prototypes (regions, count, width) float32; None where the model has none.
+      source: what the released file was like that it was imported from (convert/released.py): its tensors that the
+        model does not use are under "tensors"; None for an encoder of our own.
+      data: what it was trained on: the config's list of sources, or words; None where unknown.
+      licence: of the weights, in words; None where unknown.
     """
 
     config: ml_collections.ConfigDict
     params: Mapping[str, Any]
     statistics: Mapping[str, Mapping[str, Any]]
     step: int
+    prototypes: Any = None
+    source: Mapping[str, Any] | None = None
+    data: Any = None
+    licence: str | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """The newest checkpoint of a run's directory or of its checkpoints folder, or one checkpoint.
+        """The newest checkpoint of a run's directory or of its checkpoints folder, one checkpoint, or a weights folder.
 
         Raises:
           UserError: there is none, or it is damaged.
         """
-        found = checkpoint.find(pathlib.Path(path))
+        path = pathlib.Path(path)
+        return cls._of_folder(path) if weights.is_folder(path) else cls._of_checkpoint(checkpoint.find(path))
+
+    @classmethod
+    def _of_folder(cls, folder: pathlib.Path) -> Self:
+        found = weights.load(folder)
+        here = jax.local_devices()[0]
+        return cls(
+            config=found.config,
+            params=jax.device_put(from_listed(found.listed), here),
+            statistics=found.statistics,
+            step=found.step,
+            prototypes=None if found.prototypes is None else jax.device_put(found.prototypes, here),
+            source=found.source,
+            data=found.data,
+            licence=found.licence,
+        )
+
+    @classmethod
+    def _of_checkpoint(cls, found: pathlib.Path) -> Self:
         notes = checkpoint.read_notes(found)
         config = ml_collections.ConfigDict(notes["config"]).lock()
-        shapes = jax.eval_shape(lambda key: skysense.init(config.model, key), jax.random.key(0))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
-        state = checkpoint.load(found, {"teacher": {"encoder": wanted}}, partial=True)
-        return cls(config, state["teacher"]["encoder"], notes["statistics"], notes["step"])
+
+        def read(part: Callable[[Any, jax.Array], Any]) -> Any:
+            shapes = jax.eval_shape(lambda key: part(config.model, key), jax.random.key(0))
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+
+        wanted = {"teacher": {"encoder": read(skysense.init)}}
+        if config.model.get("prototypes") is not None:
+            wanted["prototypes"] = read(skysense.init_prototypes)
+        state = checkpoint.load(found, wanted, partial=True)
+        return cls(
+            config=config,
+            params=state["teacher"]["encoder"],
+            statistics=notes["statistics"],
+            step=notes["step"],
+            prototypes=state.get("prototypes"),
+            data=[list(source) for source in config.get("data", {}).get("sources", ())] or None,
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes a weights folder (train/weights.py), which `load` reads, into a folder that is there."""
+        listed = {name: np.asarray(value) for name, value in to_listed(self.params).items()}
+        kept = {name: getattr(self, name) for name in ("config", "statistics", "step", "source", "data", "licence")}
+        table = None if self.prototypes is None else np.asarray(self.prototypes)
+        weights.save(pathlib.Path(folder), weights.Weights(listed, prototypes=table, **kept))
 
     def encode(
         self, samples: Sample | Sequence[Sample], *, size: Mapping[str, tuple[int, int]] | None = None
@@ -62,8 +111,8 @@ class Pretrained:
           size: modality -> rows and columns of pixels that images are resampled to; native pixels where not given.
 
         Returns:
-          numpy arrays as models/skysense.py describes them: "encoder", "spatial", "fused", "pooled" and the rest, with
-          a leading axis of samples (1 for a single one).
+          numpy arrays as models/skysense.py describes them: "encoder", "spatial", "fused", "context", "pooled" and the
+          rest, with a leading axis of samples (1 for a single one).
 
         Raises:
           UserError: nothing that the model can see, a sensor that it does not know, or sizes that differ.
@@ -73,8 +122,9 @@ class Pretrained:
         bands = {modality: table["bands"] for modality, table in self.statistics.items()}
         images = site_images(samples, sensors, bands, size)
         tables = {m: {name: np.array(self.statistics[m][name], np.float32) for name in ("mean", "std")} for m in images}
+        lonlat = np.stack([sample.lonlat for sample in samples]).astype(np.float32)
         encoder = _compiled(json.dumps(self.config.model.to_dict(), sort_keys=True))
-        return jax.tree.map(np.asarray, encoder(self.params, images, tables))
+        return jax.tree.map(np.asarray, encoder(self.params, images, tables, lonlat, self.prototypes))
 
 
 @functools.lru_cache(maxsize=8)
@@ -83,8 +133,10 @@ def _compiled(model: str) -> Callable[..., dict[str, Any]]:
     config = ml_collections.ConfigDict(json.loads(model))
 
     @jax.jit
-    def encode(params: Any, images: Mapping[str, Any], tables: Mapping[str, Any]) -> dict[str, Any]:
+    def encode(
+        params: Any, images: Mapping[str, Any], tables: Mapping[str, Any], lonlat: Any, prototypes: Any
+    ) -> dict[str, Any]:
         normalized = {m: {**x, "values": normalize(x, **tables[m])} for m, x in images.items()}
-        return skysense.apply(config, params, normalized)
+        return skysense.apply(config, params, normalized, lonlat=lonlat, prototypes=prototypes)
 
     return encode
