@@ -94,7 +94,7 @@ def to_released(
         return found | _buffers(found, model)
     if "dates" not in prefixes and np.any(listed.get("fusion.dates", 0)):
         found |= skysense.write(skysense.dates(), {"dates": listed["fusion.dates"]})
-    found = {name: value.astype(np.dtype(source["types"].get(name, "float32"))) for name, value in found.items()}
+    found = {name: value.astype(source["types"].get(name, "float32"), copy=False) for name, value in found.items()}
     found |= source["tensors"]
     for name in source["keys"]:
         if name not in found:

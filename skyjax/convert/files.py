@@ -19,10 +19,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 
 from skyjax.errors import UserError
-from skyjax.train.weights import read_safetensors
+from skyjax.train.weights import read_safetensors, write_safetensors
 
 TORCH = "torch==2.13.0"
 CONTAINERS = ("model", "state_dict")
@@ -60,8 +59,7 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """
     check_name(path)
     if path.suffix == SAFETENSORS:
-        # PyTorch's tools ask for this line. The library sorts by type and name.
-        safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+        write_safetensors(path, tensors, metadata={"format": "pt"})  # PyTorch's tools ask for this line
         return
     torch = _torch(path)
     torch.save({"model": {name: _to_torch(torch, value) for name, value in tensors.items()}}, path)

@@ -123,7 +123,7 @@ def up_head(factor: int) -> list[Rule]:
 
 
 def read(rules: Sequence[Rule], weights: Weights, prefix: str = "") -> dict[str, np.ndarray]:
-    """Our listed parameters of a part whose published names start with `prefix`.
+    """Our listed parameters of a part whose published names start with `prefix`: views of the weights, never copies.
 
     Raises:
       KeyError: a tensor is missing.
@@ -131,20 +131,17 @@ def read(rules: Sequence[Rule], weights: Weights, prefix: str = "") -> dict[str,
     listed: dict[str, np.ndarray] = {}
     for rule in rules:
         parts = rule.layout.read(weights[prefix + rule.released])
-        listed |= {name: np.ascontiguousarray(part) for name, part in zip(rule.ours, parts, strict=True)}
+        listed |= dict(zip(rule.ours, parts, strict=True))
     return listed
 
 
 def write(rules: Sequence[Rule], listed: Mapping[str, np.ndarray], prefix: str = "") -> dict[str, np.ndarray]:
-    """The published tensors of a part; the reverse of `read`.
+    """The published tensors of a part; the reverse of `read`, and views again but for what is joined.
 
     Raises:
       KeyError: a parameter is missing.
     """
-    return {
-        prefix + rule.released: np.ascontiguousarray(rule.layout.write(*(listed[name] for name in rule.ours)))
-        for rule in rules
-    }
+    return {prefix + rule.released: rule.layout.write(*(listed[name] for name in rule.ours)) for rule in rules}
 
 
 def to_params(rules: Sequence[Rule], weights: Weights) -> dict[str, Any]:

@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping
@@ -17,19 +18,30 @@ from typing import Any
 
 import jax
 import ml_collections
+import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
 from skyjax import __version__
 from skyjax.errors import UserError
 from skyjax.models import skysense
-from skyjax.models.listed import from_listed, to_listed
+from skyjax.models.listed import to_listed
 
 WEIGHTS, NOTES, EXTRAS = "model.safetensors", "skyjax.json", "source.safetensors"
 FORMAT = 1
 TABLE = "prototypes.table"
 LISTED_IN_ERRORS = 20
+
+# Of safetensors -> numpy's.
+TYPES = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+    "BOOL": np.dtype(bool),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +76,11 @@ def is_folder(path: pathlib.Path) -> bool:
 
 def save(folder: pathlib.Path, weights: Weights) -> None:
     """Writes the files into a folder that is there."""
-    tensors = {name: _plain(value) for name, value in weights.listed.items()}
-    if weights.prototypes is not None:
-        tensors[TABLE] = _plain(weights.prototypes)
-    safetensors.numpy.save_file(tensors, folder / WEIGHTS)
+    table = {} if weights.prototypes is None else {TABLE: weights.prototypes}
+    write_safetensors(folder / WEIGHTS, {**weights.listed, **table})
     source = None if weights.source is None else {k: v for k, v in weights.source.items() if k != "tensors"}
     if weights.source is not None and weights.source["tensors"]:
-        extras = {name: np.ascontiguousarray(value) for name, value in weights.source["tensors"].items()}
-        safetensors.numpy.save_file(extras, folder / EXTRAS)
+        write_safetensors(folder / EXTRAS, weights.source["tensors"])
     notes = {
         "format": FORMAT,
         "skyjax": __version__,
@@ -113,18 +122,67 @@ def load(folder: pathlib.Path) -> Weights:
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file by its name.
+    """Every tensor of a file by its name, in the order of the file.
+
+    The arrays are the file itself, mapped into memory: read-only, and loaded where and when they are looked at, because
+    an encoder at full size is 6.6 GB and whoever converts it needs it more than once.
 
     Raises:
       UserError: there is no such file, it is damaged, or it holds a type that numpy has not.
     """
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        with safetensors.safe_open(path, "numpy"):
+            pass  # it holds what the header claims against the size of the file
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        strange = {entry["dtype"] for entry in entries.values()} - TYPES.keys()
+        if strange:
+            raise UserError(f'"{path}" holds a type that is not read here: {", ".join(sorted(strange))}')
+        if not any(stop > start for start, stop in (entry["data_offsets"] for entry in entries.values())):
+            return {name: np.zeros(entry["shape"], TYPES[entry["dtype"]]) for name, entry in entries.items()}
+        data = np.asarray(np.memmap(path, np.uint8, "r", offset=8 + length))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f'"{path}" cannot be read: {error}; copy it anew') from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f'"{path}" holds a type that is not read here: {error}') from error
+    return {
+        name: data[slice(*entry["data_offsets"])].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+    }
+
+
+def write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors of numpy or jax one after the other, so that never more than one of them is copied.
+
+    They stand in the order given, but larger types before smaller ones, so that each is aligned.
+
+    Raises:
+      UserError: a tensor has a type that the format has not.
+    """
+    names = {dtype: name for name, dtype in TYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    start = 0
+    for name in order:
+        value = tensors[name]
+        if np.dtype(value.dtype) not in names:
+            raise UserError(f'"{name}" is of the type {value.dtype}, for which safetensors has no name')
+        stop = start + value.size * value.dtype.itemsize
+        header[name] = {
+            "dtype": names[np.dtype(value.dtype)],
+            "shape": list(value.shape),
+            "data_offsets": [start, stop],
+        }
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.unlink(missing_ok=True)  # what is mapped from an earlier file stays whole
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def check(
@@ -167,16 +225,17 @@ def zeros(model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
     Raises:
       UserError: values of the config contradict each other.
     """
+    return dict(_zeros(json.dumps(model.to_dict(), sort_keys=True)))
+
+
+@functools.lru_cache(maxsize=8)  # tracing a model takes a second, and a file is checked more than once
+def _zeros(model: str) -> dict[str, np.ndarray]:
+    config = ml_collections.ConfigDict(json.loads(model))
     try:
-        abstract = jax.eval_shape(lambda key: skysense.init(model, key), jax.random.key(0))
+        abstract = jax.eval_shape(lambda key: skysense.init(config, key), jax.random.key(0))
     except (ValueError, AttributeError, KeyError, TypeError) as error:  # models know nothing of configs
         raise UserError(f"config: {error}") from error
     return to_listed(jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract))
-
-
-def params(weights: Weights) -> dict[str, Any]:
-    """The parameters as the model takes them."""
-    return from_listed(weights.listed)
 
 
 def enumerate_names(names: list[str], most: int = LISTED_IN_ERRORS) -> str:
@@ -197,7 +256,3 @@ def _read_notes(path: pathlib.Path) -> dict[str, Any]:
     if notes["format"] != FORMAT:
         raise UserError(f'"{path}" has format {notes["format"]} and this skyjax reads {FORMAT}; install a newer skyjax')
     return notes
-
-
-def _plain(value: Any) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(value))
