@@ -251,8 +251,18 @@ def test_what_is_not_given_is_all_there(exported):
     whole = {"sar": images["sar"] | ones | {"sensor": np.zeros(3, np.int32)}}
     encoder = load(folder)
     assert_agree(run_torch(encoder, whole), run_torch(encoder, short))
+
+
+def test_what_it_cannot_take_is_named(exported):
+    _, folder = exported
+    encoder = load(folder)
+    values, days = np.zeros((1, 1, 4, 4, 3), np.float32), np.zeros((1, 1), np.int32)
     with pytest.raises(ValueError, match="optical, multispectral, sar"):
-        encoder({"radar": short["sar"]})
+        encoder({"radar": {"values": values, "days": days}})
+    with pytest.raises(ValueError, match=r"\(1, 1, 4, 4, 3\).* VV, VH"):
+        encoder({"sar": {"values": values, "days": days}})
+    with pytest.raises(ValueError, match=r"\(1, 4, 4, 3\)"):
+        encoder({"optical": {"values": values[0], "days": days}})
 
 
 def test_stored_types_are_taken_as_they_are(exported):
@@ -323,6 +333,14 @@ def test_stochastic_depth_acts_in_training_alone(exported):
     first, second = (encoder.train()(images)["fused"] for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(encoder.eval()(images)["fused"], quiet)
+
+
+def test_it_compiles_as_one_graph(exported):
+    model, folder = exported
+    encoder, images = load(folder), jax.tree.map(torch.as_tensor, random_images(model.config.model))
+    compiled = torch.compile(encoder, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(images)["context"], encoder(images)["context"])
 
 
 def test_the_mean_of_stochastic_depth_is_the_branch():

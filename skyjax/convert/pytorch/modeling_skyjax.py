@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# Part of skyjax. SPDX-License-Identifier: Apache-2.0
 """skyjax_encoder.py for transformers: `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)`.
 
 The model is used as `SkyjaxEncoder` is; see there.

@@ -1,4 +1,4 @@
-# SPDX-License-Identifier: Apache-2.0
+# Part of skyjax. SPDX-License-Identifier: Apache-2.0
 """The encoder of a skyjax export in PyTorch. This one file needs PyTorch and safetensors, nothing else.
 
     from skyjax_encoder import SkyjaxEncoder
@@ -68,8 +68,10 @@ class SkyjaxEncoder(nn.Module):
     def from_folder(cls, folder):
         """The model of an export, in evaluation mode."""
         folder = pathlib.Path(folder)
-        model = cls(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with torch.device("meta"):  # no memory and no random numbers for what is loaded next
+            model = cls(config)
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True, assign=True)
         return model.eval()
 
     def forward(self, images, lonlat=None, grid=None):
@@ -96,7 +98,7 @@ class SkyjaxEncoder(nn.Module):
           "days" {m: (b, t)}. Features that are not valid are finite and mean nothing.
         """
         device = next(self.parameters()).device
-        images = {m: complete(images[m], device) for m in self.modalities if m in images}
+        images = {m: complete(m, images[m], self.statistics[m], device) for m in self.modalities if m in images}
         if not images:
             raise ValueError(f"images has none of the model's modalities, {', '.join(self.modalities)}")
         parts = {m: self.encode_dates(m, sequence) for m, sequence in images.items()}
@@ -149,10 +151,16 @@ class SkyjaxEncoder(nn.Module):
 # What goes in: defaults, normalisation, masks.
 
 
-def complete(images, device):
+def complete(modality, images, statistics, device):
     """One modality's images as tensors, with all that was not given: everything is there, of the first sensor."""
     images = {name: torch.as_tensor(value, device=device) for name, value in images.items()}
-    b, t, h, w, c = images["values"].shape
+    shape, bands = tuple(images["values"].shape), statistics["bands"]
+    if len(shape) != 5 or shape[-1] != len(bands):
+        raise ValueError(
+            f"{modality}: values have the shape {shape}; the model takes (sites, dates, rows, columns, {len(bands)}),"
+            f" the bands being {', '.join(bands)}"
+        )
+    b, t, h, w, c = shape
     shapes = {"valid": (b, t), "clear": (b, t, h, w), "bands": (b, c)}
     for name, shape in shapes.items():
         images[name] = images[name].bool() if name in images else torch.ones(shape, dtype=torch.bool, device=device)
