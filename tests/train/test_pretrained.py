@@ -1,5 +1,7 @@
 """A checkpoint as its users see it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -38,7 +40,76 @@ def test_it_is_the_teacher_with_its_config(saved, config):
     assert model.config.model.spatial_width == config.model.spatial_width
 
 
-def test_encode_equals_the_model_on_images_normalised_by_hand(saved, samples, config):
+def test_the_table_of_geo_prototypes_comes_along(saved, first):
+    np.testing.assert_array_equal(skyjax.load(saved[0]).prototypes, first["prototypes"])
+
+
+def test_a_weights_folder_is_the_same_model(saved, samples, tmp_path):
+    model = skyjax.load(saved[0])
+    model.save(tmp_path)
+    again = skyjax.load(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    assert again.config.to_dict() == model.config.to_dict()
+    for name in ("statistics", "step", "source", "data", "licence"):
+        assert getattr(again, name) == getattr(model, name), name
+    jax.tree.map(np.testing.assert_array_equal, again.encode(samples[2]), model.encode(samples[2]))
+
+
+WRONG = {
+    "no weights": (lambda folder, _: (folder / "model.safetensors").unlink(), "model.safetensors.* cannot be read"),
+    "truncated": (lambda folder, _: truncate(folder / "model.safetensors"), "model.safetensors.* cannot be read"),
+    "no json": (lambda folder, _: (folder / "skyjax.json").write_text("{"), "skyjax.json.* cannot be read"),
+    "not ours": (
+        lambda folder, _: (folder / "skyjax.json").write_text("[]"),
+        "not the description of a weights folder",
+    ),
+    "newer": (lambda folder, notes: write(folder, notes | {"format": 2}), "has format 2 and this skyjax reads 1"),
+    "no model": (lambda folder, notes: write(folder, notes | {"config": {}}), 'config has no "model"'),
+    "another model": (
+        lambda folder, notes: write(folder, with_spatial_width(notes, 32)),
+        "of another shape: .*fusion.projection.kernel",
+    ),
+    "another depth": (
+        lambda folder, notes: write(folder, with_depth(notes, 2)),
+        "missing: sar.layers.1.attention.key.bias",
+    ),
+    "a strange config": (lambda folder, notes: write(folder, without_fusion(notes)), "config: .*fusion"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_with_a_weights_folder_is_told(wrong, saved, tmp_path):
+    change, sentence = WRONG[wrong]
+    skyjax.load(saved[0]).save(tmp_path)
+    change(tmp_path, json.loads((tmp_path / "skyjax.json").read_text()))
+    with pytest.raises(UserError, match=sentence):
+        skyjax.load(tmp_path)
+
+
+def write(folder, notes):
+    (folder / "skyjax.json").write_text(json.dumps(notes))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def with_spatial_width(notes, width):
+    notes["config"]["model"]["spatial_width"] = width
+    return notes
+
+
+def with_depth(notes, depth):
+    notes["config"]["model"]["modalities"]["sar"]["depth"] = depth
+    return notes
+
+
+def without_fusion(notes):
+    del notes["config"]["model"]["fusion"]
+    return notes
+
+
+def test_encode_equals_the_model_on_images_normalised_by_hand(saved, samples, config, first):
     workdir, teacher = saved
     sample = samples[2]
     got = skyjax.load(str(workdir)).encode(sample)
@@ -53,12 +124,15 @@ def test_encode_equals_the_model_on_images_normalised_by_hand(saved, samples, co
             "clear": sequence.clear[None],
             "bands": np.ones((1, len(bands)), bool),
         }
-    want = skysense.apply(config.model, teacher, images)
+    want = skysense.apply(config.model, teacher, images, lonlat=sample.lonlat[None], prototypes=first["prototypes"])
     assert got["fused"].shape == (1, 8, 8, config.model.fusion.width)
     # float32 rounds by the size of the numbers, and a compiled program in another order than one run op by op.
-    for found, wanted in ((got["fused"], want["fused"]), (got["spatial"]["sar"], want["spatial"]["sar"])):
+    for found, wanted in (
+        (got["fused"], want["fused"]),
+        (got["context"], want["context"]),
+        (got["spatial"]["sar"], want["spatial"]["sar"]),
+    ):
         assert_allclose(found, wanted, atol=1e-5 * float(np.abs(wanted).max()))
-    assert got["context"] is None
     assert isinstance(got["pooled"], np.ndarray)
 
 
