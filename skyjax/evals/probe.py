@@ -103,7 +103,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         bands=options.bands,
         label=options.label,
         image_size=options.image_size,
-        largest={m: LARGEST * side for m, side in model.config.data.global_views.size.items()},
+        largest=_largest(model),
     )
     known = tuple(model.config.model.modalities)
     if not set(known) & set(examples.sizes):
@@ -142,6 +142,12 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         predicted, chosen = answer()
         _add_row(result, name, method, labels["test"], predicted, chosen, time.perf_counter() - start, seed)
     return result
+
+
+def _largest(model: Encoder) -> dict[str, int]:
+    """Modality -> longest side that an image of a data set keeps; an imported encoder names no views, and no limit."""
+    views = model.config.get("data", {}).get("global_views", {})
+    return {m: LARGEST * side for m, side in views.get("size", {}).items()}
 
 
 def _extractors(model: Encoder, fresh: Encoder, examples: LabelledSet, options: Options) -> dict[str, Extractor]:

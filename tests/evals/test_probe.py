@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import io
 import json
+import types
 
 import ml_collections
 import numpy as np
@@ -77,6 +78,12 @@ def tables(folder):
 
 def rows(result, method):
     return {row["features"]: row for row in result["rows"] if row["method"] == method}
+
+
+def test_an_imported_encoder_shrinks_no_image():
+    """It has a model and no views by which an image would be too large."""
+    config = ml_collections.ConfigDict({"model": {}})
+    assert probe._largest(types.SimpleNamespace(config=config)) == {}
 
 
 @pytest.mark.parametrize(
