@@ -12,15 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import skyjax
 from skyjax.config import run_file
 from skyjax.convert import trial
 from skyjax.errors import UserError
-from skyjax.models.listed import to_listed
 from skyjax.sample import Images
 from skyjax.train.pretrained import Pretrained
+from skyjax.train.weights import write_safetensors
 
 HERE = pathlib.Path(__file__).parent
 MODULE, WRAPPER = "skyjax_encoder.py", "modeling_skyjax.py"
@@ -39,7 +38,7 @@ def write(pretrained: Pretrained, folder: str | os.PathLike[str]) -> None:
     for name in (MODULE, WRAPPER):
         shutil.copyfile(HERE / name, folder / name)
     (folder / "config.json").write_text(json.dumps(_config(pretrained), indent=1, sort_keys=True) + "\n")
-    save_file(state_dict(pretrained), folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", state_dict(pretrained), metadata={"format": "pt"})
 
 
 def check(pretrained: Pretrained, folder: str | os.PathLike[str]) -> float:
@@ -70,11 +69,12 @@ def check(pretrained: Pretrained, folder: str | os.PathLike[str]) -> float:
 
 def state_dict(pretrained: Pretrained) -> dict[str, np.ndarray]:
     """The parameters and the table of prototypes by the names and in the layouts of the PyTorch module."""
-    listed = to_listed({name: part for name, part in pretrained.params.items() if name != "prototypes"})
+    listed = pretrained.listed()
     if _has_prototypes(pretrained):
-        listed |= to_listed({"prototypes": pretrained.params["prototypes"]})
-        listed["prototypes.table"] = pretrained.prototypes
-    return dict(_torch_parameter(name, np.asarray(x)) for name, x in listed.items())
+        listed["prototypes.table"] = np.asarray(pretrained.prototypes)
+    else:
+        listed = {name: x for name, x in listed.items() if not name.startswith("prototypes.")}
+    return dict(_torch_parameter(name, x) for name, x in listed.items())
 
 
 def _has_prototypes(pretrained: Pretrained) -> bool:
@@ -88,7 +88,7 @@ def _torch_parameter(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
     if leaf == "kernel":
         array = array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
     name = f"{parent}.weight" if leaf in ("kernel", "scale") else name
-    return name, np.ascontiguousarray(array)
+    return name, array
 
 
 def _config(pretrained: Pretrained) -> dict[str, Any]:
