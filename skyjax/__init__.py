@@ -42,7 +42,7 @@ _turn_wrong_fusion_off()
 
 
 def load(path: str | os.PathLike[str]) -> "Pretrained":
-    """A pre-trained model from a run's directory or one of its checkpoints, with its config and statistics."""
+    """A model with its config and statistics: of a run's directory, one of its checkpoints, or a weights folder."""
     from skyjax.train.pretrained import Pretrained
 
     return Pretrained.load(path)

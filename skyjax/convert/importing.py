@@ -93,7 +93,7 @@ def describe(result: Mapping[str, Any]) -> str:
         lines += [f"  {line}" for line in result["adapted"].get(modality, [])]
     if result["carried"]:
         lines.append(
-            f"Not used by the model, kept for export: {weights.enumerate_names(_short(result['carried']), 12)}"
+            f"Not used by the model, kept for export: {weights.enumerate_names(_short(result['carried']), 24)}"
         )
     if result["beside"]:
         lines.append(f"Beside the tensors, dropped: {', '.join(result['beside'])}")

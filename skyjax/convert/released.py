@@ -191,9 +191,10 @@ def _alone(
     path: pathlib.Path, tensors: Mapping[str, np.ndarray], modality_of: Callable[[int], str]
 ) -> tuple[list[Part], list[str]]:
     """The one encoder of a file without SkySense's prefixes, told by its keys."""
-    prefix = ALONE[1] if all(name.startswith(ALONE[1]) or name == DATES for name in tensors) else ALONE[0]
-    names = tuple(name.removeprefix(prefix) for name in tensors if name != DATES)
-    others = [name for name in tensors if name == DATES]
+    prefix = ALONE[1] if any(name.startswith(ALONE[1]) for name in tensors) else ALONE[0]
+    own = [name for name in tensors if name.startswith(prefix) and name != DATES]
+    names = tuple(name.removeprefix(prefix) for name in own)
+    others = [name for name in tensors if name not in set(own)]
     if any(name.startswith("stages.") for name in names):
         return [Part("optical", "swin_v2", prefix, names)], others
     if any(name.startswith("porj_linear.") for name in names):
@@ -285,21 +286,23 @@ def _swin_config(released: Released, part: Part, window: int | None) -> dict[str
         "width": width,
         "depths": part.depths,
         "heads": tuple(released.shape(part, name, 3)[0] for name in scales),
-        "window": window or _window(released, part),
+        "window": _window(released, part, window),
         "extra_norm_every": part.extra_norm_every,
         "mask_padding": False,  # the published modules attend to it
     }
 
 
-def _window(released: Released, part: Part) -> int:
-    """By the table of offsets where there is one."""
+def _window(released: Released, part: Part, chosen: int | None) -> int:
+    """What the user says, else by the table of offsets, else as released."""
     tables = [name for name in part.names if name.endswith("relative_coords_table")]
     windows = {(released.shape(part, name, 4)[1] + 1) // 2 for name in tables}
     if len(windows) > 1:
         raise UserError(
-            f'"{released.path}": stages have windows of {", ".join(map(str, sorted(windows)))}; one is supported: name'
-            " it by --window="
+            f'"{released.path}": stages have windows of {", ".join(map(str, sorted(windows)))}; a model of skyjax has'
+            " one for all stages"
         )
+    if chosen:
+        return chosen
     window = windows.pop() if windows else DEFAULT_WINDOW
     for name in tables:
         found = np.asarray(released.tensors[part.prefix + name], np.float32)

@@ -238,6 +238,10 @@ WRONG = {
     ),
     "patches": (reshaped("backbone_s2.patch_embed.projection.weight", 8, 10, 4, 2), "square ones are supported"),
     "nothing of SkySense": (lambda t: {"conv1.weight": np.zeros(3, np.float32)}, "holds no part of SkySense"),
+    "a segmentor": (
+        lambda t: under("backbone.", Maker().swin()) | {"decode_head.weight": np.zeros(3, np.float32)},
+        "1 left over: decode_head.weight",
+    ),
     "a fusion alone": (lambda t: Maker().fusion(), "a fusion alone, which encodes nothing"),
     "a head alone": (lambda t: Maker().up_head(), "an up-head alone, which encodes nothing"),
     "a head alone with its prefix": (lambda t: under("head_s2.", Maker().up_head()), "no encoder"),
@@ -249,7 +253,7 @@ WRONG = {
         lambda t: t
         | {f"backbone_gep.stages.{i}.blocks.0.attn.w_msa.relative_coords_table": buffers(4 + i)["relative_coords_table"]
            for i in range(2)},
-        "stages have windows of 4, 5",
+        "stages have windows of 4, 5; a model of skyjax has one for all stages",
     ),
 }  # fmt: skip
 
