@@ -13,7 +13,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "pretrain_sample.py")
 
 
-@pytest.mark.parametrize("words", [[], ["train"], ["eval"], ["report"], ["data", "build"], ["data", "stats"]])
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["eval"], ["import"], ["export"], ["report"], ["data", "build"], ["data", "stats"]]
+)
 def test_help_has_an_example(words, capsys):
     with pytest.raises(SystemExit) as end:
         main([*words, "--help"])

@@ -57,7 +57,7 @@ def checkpoint(sar, monkeypatch):
 
 
 def listed(model):
-    return export._listed(model)
+    return model.listed()
 
 
 def test_released_file_in_and_out_by_the_commands(tmp_path, capsys):
