@@ -518,6 +518,14 @@ def test_transformers_loads_saves_and_loads_again(exported, tmp_path):
         assert_array_equal(saved[name], array)
 
 
+def test_all_files_are_as_readable_as_any(exported, tmp_path):
+    _, folder = exported
+    (tmp_path / "any").touch()
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+    assert set(modes) == {pytorch.MODULE, pytorch.WRAPPER, "config.json", "model.safetensors"}
+    assert set(modes.values()) == {(tmp_path / "any").stat().st_mode}
+
+
 def test_config_names_what_the_weights_are(exported):
     model, folder = exported
     config = json.loads((folder / "config.json").read_text())
