@@ -13,13 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from skyjax.convert import exchange, files, model_card, pytorch, skysense, trial
 from skyjax.convert.importing import say
 from skyjax.convert.released import DEFAULT_WINDOW, default_heads, understand
 from skyjax.errors import UserError, nearest
-from skyjax.models.listed import from_listed, to_listed
 from skyjax.train import weights
 from skyjax.train.pretrained import Pretrained
 
@@ -119,12 +117,8 @@ def _beside(out: pathlib.Path, card: str) -> pathlib.Path:
     return path
 
 
-def _listed(model: Pretrained) -> dict[str, np.ndarray]:
-    return {name: np.asarray(value) for name, value in to_listed(model.params).items()}
-
-
 def _write_skysense(model: Pretrained, path: pathlib.Path) -> None:
-    files.write(path, exchange.to_released(_listed(model), model.config.model, model.source))
+    files.write(path, exchange.to_released(model.listed(), model.config.model, model.source))
 
 
 def _check_skysense(model: Pretrained, path: pathlib.Path) -> Check:
@@ -133,7 +127,7 @@ def _check_skysense(model: Pretrained, path: pathlib.Path) -> Check:
     (modality,) = list(model.config.model.modalities)[:1]
     released = understand(path, tensors, lambda _: modality)
     back, _ = exchange.from_released(released, model.config.model)
-    listed = _listed(model)
+    listed = model.listed()
     rows = slice(None)
     if "fusion.dates" in listed and not _keeps_leap_day(model):
         rows = slice(skysense.DAYS_RELEASED)
@@ -145,8 +139,11 @@ def _check_skysense(model: Pretrained, path: pathlib.Path) -> Check:
     lost = [name for name in listed if name not in back and not name.startswith("prototypes.")]
     if different or lost:
         raise RuntimeError(f"the export is not lossless, which is a bug of skyjax: {(different + lost)[:8]}")
-    own = {name: value for name, value in listed.items() if name.startswith("prototypes.")}
-    again = dataclasses.replace(model, params=from_listed(back | own))
+    # What is now known to be the same in every bit is not held twice: a whole encoder is 6.6 GB. That leaves the dates.
+    params = model.params
+    if "fusion.dates" in back:
+        params = {**params, "fusion": {**params["fusion"], "dates": back["fusion.dates"]}}
+    again = dataclasses.replace(model, params=params)
     error = _compare(model, again, leap_day=False)
     sentence = (
         f"Read back: {len(back)} parameters equal skyjax's in every bit; largest error on random images with missing"
@@ -206,7 +203,7 @@ def _write_safetensors(model: Pretrained, path: pathlib.Path) -> None:
 
 def _check_safetensors(model: Pretrained, path: pathlib.Path) -> Check:
     again = Pretrained.load(path)
-    listed, back = _listed(model), _listed(again)
+    listed, back = model.listed(), again.listed()
     equal = listed.keys() == back.keys() and all(exchange.same(value, back[name]) for name, value in listed.items())
     if not equal:
         raise RuntimeError("the export is not lossless, which is a bug of skyjax")

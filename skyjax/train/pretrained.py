@@ -59,9 +59,15 @@ class Pretrained:
     def _of_folder(cls, folder: pathlib.Path) -> Self:
         found = weights.load(folder)
         here = jax.local_devices()[0]
+        parts: dict[str, dict[str, np.ndarray]] = {}
+        for name, value in found.listed.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = value
+        # Part by part: stacking copies, and a whole encoder more can be more than the host has.
+        params = {part: jax.block_until_ready(jax.device_put(from_listed(own), here)) for part, own in parts.items()}
         return cls(
             config=found.config,
-            params=jax.device_put(from_listed(found.listed), here),
+            params=params,
             statistics=found.statistics,
             step=found.step,
             prototypes=None if found.prototypes is None else jax.device_put(found.prototypes, here),
@@ -93,12 +99,15 @@ class Pretrained:
             data=[list(source) for source in config.get("data", {}).get("sources", ())] or None,
         )
 
+    def listed(self) -> dict[str, np.ndarray]:
+        """Listed name (models/listed.py) -> parameter; on a CPU these are views."""
+        return to_listed(jax.tree.map(np.asarray, self.params))  # numpy first: jax would copy each layer
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Writes a weights folder (train/weights.py), which `load` reads, into a folder that is there."""
-        listed = {name: np.asarray(value) for name, value in to_listed(self.params).items()}
         kept = {name: getattr(self, name) for name in ("config", "statistics", "step", "source", "data", "licence")}
         table = None if self.prototypes is None else np.asarray(self.prototypes)
-        weights.save(pathlib.Path(folder), weights.Weights(listed, prototypes=table, **kept))
+        weights.save(pathlib.Path(folder), weights.Weights(self.listed(), prototypes=table, **kept))
 
     def encode(
         self, samples: Sample | Sequence[Sample], *, size: Mapping[str, tuple[int, int]] | None = None
