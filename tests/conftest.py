@@ -95,7 +95,8 @@ def random_sample(rng, number):
     }
     for absent in {5: ["optical"], 6: ["sar"], 7: ["multispectral", "sar"]}.get(number % 8, []):
         del sequences[absent]
-    return Sample(sequences, np.array([7.0, 50.0], np.float32), id=f"site {number}", source="random")
+    lonlat = [(7.0, 50.0), (7.1, 50.1), (-60.0, -3.0), (np.nan, np.nan)][number % 4]
+    return Sample(sequences, np.array(lonlat, np.float32), id=f"site {number}", source="random")
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,9 @@ def wide_mesh():
         ("optimizer/2/mu/encoder/sar/blocks/mlp/out/kernel", (4, 8, 6), P(None, "tensor", "fsdp")),
         ("params/encoder/sar/blocks/mlp/bias", (4, 8), P()),
         ("params/heads/fused/pixel/classes", (8, 3), P("fsdp", None)),
+        ("prototypes", (16, 3, 8), P("fsdp", None, None)),
+        ("teacher/encoder/prototypes/query/kernel", (6, 8), P("fsdp", "tensor")),
+        ("optimizer/2/nu/encoder/prototypes/out/kernel", (14, 6), P("tensor", "fsdp")),
     ],
 )
 def test_rules_place_the_last_axes(wide_mesh, path, shape, spec):

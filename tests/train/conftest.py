@@ -14,6 +14,8 @@ from skyjax.parallel.sharding import batch_sharding
 from skyjax.train import loop, state
 
 STEPS = 30
+# A table of 4 MiB: sharding.SMALL, so that it is spread over the devices of a mesh with an axis for that.
+PROTOTYPES = {"regions": 16, "count": 16, "width": 256, "momentum": 0.9, "epsilon": 0.05, "iterations": 3}
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +46,14 @@ def _quick_compilation(compile_cache):
 
 @pytest.fixture(scope="session")
 def config(tiny_config):
-    """Two modalities, 30 steps of 8 samples; keys that a resumed run may change can be changed without compiling."""
+    """Two modalities and geo-prototypes, 30 steps of 8 samples; what a resumed run may change needs no compiling."""
     return tiny_config(
-        modalities=("multispectral", "sar"), steps=STEPS, batch_size=8, checkpoint__every=10, data__local_views__count=0
+        modalities=("multispectral", "sar"),
+        steps=STEPS,
+        batch_size=8,
+        checkpoint__every=10,
+        data__local_views__count=0,
+        model__prototypes=PROTOTYPES | {"frozen": False},
     )
 
 

@@ -218,7 +218,8 @@ def test_dry_run_prints_config_and_parameters_and_allocates_nothing(config):
     assert len(jax.live_arrays()) <= before + 1  # the key of the seed
     assert '"batch_size": 8' in text
     assert "encoder/sar/patch_embed/kernel  (2, 2, 2, 8)  64" in text
-    counts = [leaf.size for leaf in jax.tree.leaves(state.abstract(config)["params"])]
+    shapes = state.abstract(config)
+    counts = [leaf.size for leaf in jax.tree.leaves([shapes["params"], shapes["prototypes"]])]
     assert [f"{sum(counts):,}" in line for line in text.splitlines() if line.startswith("= total")] == [True]
 
 

@@ -7,8 +7,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from skyjax.input.loader import Loader
+from skyjax.models import skysense
 from skyjax.train import loop, state
-from skyjax.train.step import loss_and_gradients, split
+from skyjax.train.step import loss_and_gradients, make_step, split
 
 
 def copy(tree):
@@ -86,7 +87,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_bit_equal(first, step, batch
     before = copy(poisoned)
     after, metrics = step(poisoned, batch)
     assert not np.isfinite(float(metrics["loss"]))
-    for part in ("params", "teacher", "optimizer"):
+    for part in ("params", "teacher", "optimizer", "prototypes"):
         assert_same_bits(after[part], before[part])
     assert int(after["step"]) == 1
     assert (int(after["counters"]["skipped"]), int(after["counters"]["nonfinite_in_a_row"])) == (1, 4)
@@ -98,6 +99,95 @@ def test_a_finite_step_ends_the_row(first, step, batch):
     after, metrics = step(counted, batch)
     assert (float(metrics["skipped"]), float(metrics["nonfinite_in_a_row"])) == (5, 0)
     assert int(after["counters"]["skipped"]) == 5
+
+
+GERMANY, AMAZON = 14 * 16 + 8, 7 * 16 + 5  # of 16 x 16 cells: rows of sin(latitude), columns of longitude
+
+
+def moved_regions(before, after):
+    """Numbers of the regions whose prototypes differ."""
+    return set(
+        np.flatnonzero((np.asarray(before["prototypes"]) != np.asarray(after["prototypes"])).any((1, 2))).tolist()
+    )
+
+
+def test_prototypes_move_where_the_batch_was_and_nowhere_else(stepped, batch, config):
+    """The batch has sites in one region of Germany, sites in the Amazon, and sites that nobody knows the place of."""
+    before, after, _ = stepped
+    assert np.isnan(batch["lonlat"]).any()
+    assert moved_regions(before, after) == {GERMANY, AMAZON}
+    # A step goes 1 - momentum of the way to what was seen, whose rows have at most the length of a query.
+    change = (np.asarray(after["prototypes"]) - 0.9 * np.asarray(before["prototypes"]))[[GERMANY, AMAZON]] / 0.1
+    length = np.linalg.norm(change, axis=-1) / np.sqrt(config.model.prototypes.width)
+    assert (length < 1.001).all()
+    assert (length > 0.1).all()
+
+
+def test_prototypes_are_the_teachers(stepped, first, step, batch):
+    """Neither the student's weights nor what it was not shown matter; the teacher's do."""
+    _, after, _ = stepped
+    student = copy(first)
+    student["params"] = jax.tree.map(lambda x: x * 1.5, student["params"])
+    other, _ = step(student, batch)
+    np.testing.assert_array_equal(other["prototypes"], after["prototypes"])
+
+    hidden = jax.tree.map(lambda x: x, batch)
+    for m in ("multispectral", "sar"):
+        dates = hidden["global"][m]["student_valid"]
+        hidden["global"][m] = {**hidden["global"][m], "student_valid": dates.at[:, :, 0].set(False)}
+    other, _ = step(copy(first), hidden)
+    np.testing.assert_array_equal(other["prototypes"], after["prototypes"])
+
+    teacher = copy(first)
+    teacher["teacher"] = jax.tree.map(lambda x: x * 1.5, teacher["teacher"])
+    other, _ = step(teacher, batch)
+    assert np.abs(other["prototypes"] - after["prototypes"]).max() > 1e-3
+
+
+def test_prototypes_stay_where_nothing_is_known_or_seen(first, step, batch):
+    lost = {**batch, "lonlat": jnp.full_like(batch["lonlat"], jnp.nan)}
+    after, metrics = step(copy(first), lost)
+    assert moved_regions(first, after) == set()
+    assert np.isfinite(float(metrics["loss"]))
+    blind = jax.tree.map(lambda x: x, batch)
+    south = batch["lonlat"][:, 1] < 0
+    for m in ("multispectral", "sar"):
+        images = blind["global"][m]
+        blind["global"][m] = {**images, "clear": images["clear"] & ~south[:, None, None, None, None]}
+    after, _ = step(copy(first), blind)
+    assert moved_regions(first, after) == {GERMANY}
+
+
+def test_order_of_samples_does_not_matter_to_prototypes(stepped, first, step, batch):
+    _, want, _ = stepped
+    order = np.random.default_rng(0).permutation(8)
+    after, _ = step(copy(first), jax.tree.map(lambda x: x[order], batch))
+    assert_allclose(after["prototypes"], want["prototypes"], atol=1e-4)
+
+
+def test_frozen_prototypes_pass_through(first, batch, config):
+    frozen = config.copy_and_resolve_references()
+    with frozen.unlocked():
+        frozen.model.prototypes.frozen = True
+    tables = loop.statistics_table(config.model)
+    statistics = {m: (np.float32(t["mean"]), np.float32(t["std"])) for m, t in tables.items()}
+    passed = {}
+    for name, chosen in (("moving", config), ("frozen", frozen)):
+        traced = jax.jit(make_step(chosen, statistics)).trace(first, batch)
+        given = dict(zip(leaves_named((first, batch)), traced.jaxpr.jaxpr.invars, strict=True))
+        returned = dict(zip(leaves_named(traced.out_info), traced.jaxpr.jaxpr.outvars, strict=True))
+        passed[name] = given["[0]['prototypes']"] is returned["[0]['prototypes']"]
+    assert passed == {"moving": False, "frozen": True}
+
+
+def leaves_named(tree):
+    return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def test_without_prototypes_the_state_is_as_it_was(tiny_config, config):
+    """So that checkpoints from before there were any can be read."""
+    assert "prototypes" not in state.abstract(tiny_config(modalities=("sar",)))
+    assert state.abstract(config)["prototypes"].shape == (256, 16, 256)
 
 
 def test_the_step_was_compiled_once(stepped, jitted):
@@ -123,8 +213,9 @@ def one_gradient(tiny_config, **changes):
     params = state.init_params(config, jax.random.key(0))
     # The teacher differs, or student and teacher would agree and gradients would be small.
     teacher = state.init_params(config, jax.random.key(1))
+    table = skysense.init_prototypes(config.model, jax.random.key(2))
     run = jax.jit(lambda *x: loss_and_gradients(config, statistics, *x))
-    return batch, *run(params, teacher, batch, jnp.int32(0))
+    return batch, *run(params, teacher, batch, jnp.int32(0), table)
 
 
 def test_bfloat16_computes_near_float32_and_keeps_float32_gradients(tiny_config):
@@ -149,6 +240,15 @@ def test_micro_batches_equal_the_whole_batch(tiny_config):
         "objective__sinkhorn_iterations": 0,
         "objective__weights__alignment": 0.0,
         "objective__weights__spread": 0.0,
+        "model__prototypes": {
+            "regions": 4,
+            "count": 3,
+            "width": 8,
+            "momentum": 0.9,
+            "epsilon": 0.05,
+            "iterations": 3,
+            "frozen": False,
+        },
     }
     (batch, *whole), (_, *summed) = (one_gradient(tiny_config, micro_batches=parts, **changes) for parts in (1, 2))
     (whole, terms, gradients), (summed, parts_terms, parts_gradients) = whole, summed
@@ -159,5 +259,9 @@ def test_micro_batches_equal_the_whole_batch(tiny_config):
     for name, total in terms["sums"].items():
         assert_allclose(parts_terms["sums"][name], total, rtol=2e-5, err_msg=name)
         assert_allclose(parts_terms["counts"][name], terms["counts"][name], err_msg=name)
+    # What belongs to a sample comes back in the samples' order, and moves the table once, as the whole batch would.
+    np.testing.assert_array_equal(parts_terms["centres"]["regions"], terms["centres"]["regions"])
+    assert len(set(terms["centres"]["regions"].tolist())) == 3
+    assert_allclose(parts_terms["centres"]["centres"], terms["centres"]["centres"], atol=1e-4)
     scale = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
     jax.tree.map(lambda a, b: assert_allclose(a, b, atol=2e-5 * scale), parts_gradients, gradients)
