@@ -8,6 +8,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from quick import quick_jit
 
 from skyjax.models.fusion import Fusion, day_of_year
 from skyjax.models.layers import Compute
@@ -50,6 +51,26 @@ def inputs():
     valid[0, :, 0, 0] = False
     valid[1, 2] = True
     return features, days, valid
+
+
+def test_scan_and_remat_change_nothing(inputs):
+    """Values and gradients, of a model whose last layer computes its first token alone."""
+
+    def run(**compute):
+        compute = Compute(drop_path=0.2, **compute)
+        graph, state = nnx.split(Fusion(spatial_width=6, width=8, depth=3, heads=2, compute=compute, rngs=nnx.Rngs(0)))
+        weights = jnp.cos(jnp.arange(2 * 3 * 2 * 8.0)).reshape(2, 3, 2, 8)
+
+        def loss(state):
+            fused = nnx.merge(graph, state)(*inputs, key=jax.random.key(3))
+            return jnp.sum(fused * weights), fused
+
+        (_, fused), gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))(state)
+        return fused, nnx.to_pure_dict(gradient)
+
+    want = run(scan=False)
+    for other in ({}, {"remat": "full"}):
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(**other), want)
 
 
 def test_padding_changes_nothing(fusion, inputs):
