@@ -181,7 +181,7 @@ def _notes_skysense(model: Pretrained) -> list[str]:
 
 def _notes_of_our_own(model: Pretrained) -> list[str]:
     config = model.config.model
-    notes = []
+    notes = ["The file does not tell statistics: normalise by those of the model card."]
     if config.fusion is not None:
         notes.append("Of the dates' 366 rows, that of 31 December of leap years is left out: released tables have 365.")
         notes.append("skyjax adds dates to every modality and masks what is missing; the published code does neither.")
