@@ -35,6 +35,9 @@ from skyjax.models.stem import ConvStem
 EPSILON = 1e-5
 BIAS_HIDDEN = 512  # width of the position-bias MLP
 MAX_LOGIT_SCALE = math.log(100.0)
+# Added to a score across the seam of a shifted window. At logit scales near 100 such a place can still be the nearest,
+# and released weights have learned with it.
+SEAM = -100.0
 
 
 STEMS = {"patch": PatchEmbed, "conv": ConvStem}
@@ -257,9 +260,11 @@ class WindowAttention(nnx.Module):
         scale = jnp.exp(jnp.minimum(self.logit_scale[...], MAX_LOGIT_SCALE))[:, None, None]
         # Padded places count as ground where they are not masked.
         ground = (h, w) if self.mask_padding else padded
-        visible = _visible(*ground, rows, columns, shift)
+        seam, visible = _barriers(*ground, rows, columns, shift)
+        bias = self._bias(rows, columns)
+        bias = bias if seam is None else bias + jnp.asarray(seam)[:, None]
         mask = None if visible is None else jnp.asarray(visible)[:, None]
-        gathered = attend(_unit(query), _unit(key), value, scale=scale, bias=self._bias(rows, columns), mask=mask)
+        gathered = attend(_unit(query), _unit(key), value, scale=scale, bias=bias, mask=mask)
 
         x = self.projections.join(gathered).reshape(n, down, across, rows, columns, d).swapaxes(2, 3)
         x = x.reshape(n, *padded, d)
@@ -296,20 +301,20 @@ def _offset_index(window: int, rows: int, columns: int) -> np.ndarray:
 
 
 @functools.lru_cache
-def _visible(h: int, w: int, rows: int, columns: int, shift: int) -> np.ndarray | None:
-    """(windows, q, k): whether two places are neighbours on the ground and neither is padding; None if all are.
+def _barriers(h: int, w: int, rows: int, columns: int, shift: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(windows, q, k): what is added to scores across the seam, and whether not one of two is padding; None: nothing.
 
     After the roll, the last windows hold pieces from opposite edges, and padding lies wherever it was rolled to.
     """
-    if not shift and h % rows == 0 and w % columns == 0:
-        return None
     piece_rows, piece_columns = _pieces(h, rows, shift), _pieces(w, columns, shift)
     pieces = np.where(
         (piece_rows[:, None] < 0) | (piece_columns[None] < 0), -1, 2 * piece_rows[:, None] + piece_columns[None]
     )
     down, across = pieces.shape[0] // rows, pieces.shape[1] // columns
     windows = pieces.reshape(down, rows, across, columns).swapaxes(1, 2).reshape(down * across, rows * columns)
-    return windows[:, :, None] == windows[:, None, :]
+    padding = windows < 0
+    seam = np.where(windows[:, :, None] == windows[:, None, :], 0, SEAM).astype(np.float32) if shift else None
+    return seam, padding[:, :, None] == padding[:, None, :] if padding.any() else None
 
 
 def _pieces(size: int, window: int, shift: int) -> np.ndarray:

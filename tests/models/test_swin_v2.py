@@ -24,7 +24,7 @@ def attention():
 
 
 def attention_by_loop(module, x, shift):
-    """Every place of `x` looks at the places of its own window on the same side of the roll's seam."""
+    """Every place of `x` looks at the places of its own window; 100 is taken from scores across the roll's seam."""
     kernel = {name: np.asarray(getattr(module.projections, name).kernel[...], np.float64) for name in ("query", "key")}
     value_kernel, out_kernel = (np.asarray(getattr(module.projections, n).kernel[...]) for n in ("value", "out"))
     query = x @ kernel["query"] + np.asarray(module.projections.query.bias[...])
@@ -33,9 +33,14 @@ def attention_by_loop(module, x, shift):
     h, w, d = x.shape
     padded = [-(-size // WINDOW) * WINDOW for size in (h, w)]
 
-    def window_and_side(place):
-        rolled = [(p - shift) % size for p, size in zip(place, padded, strict=True)]
-        return [r // WINDOW for r in rolled], [p < shift for p in place]
+    def rolled(place):
+        return np.asarray([(p - shift) % size for p, size in zip(place, padded, strict=True)])
+
+    def window(place):
+        return tuple(rolled(place) // WINDOW)
+
+    def side(place):
+        return [p < shift for p in place]
 
     def position_bias(offset, head):
         logs = [np.sign(o) * np.log(abs(o) / (WINDOW - 1) * 8 + 1) / np.log(8) for o in offset]
@@ -49,13 +54,14 @@ def attention_by_loop(module, x, shift):
         offsets = range(1 - WINDOW, WINDOW)
         biases = {(i, j): position_bias((i, j), head) for i in offsets for j in offsets}
         for place in places:
-            seen = [other for other in places if window_and_side(other) == window_and_side(place)]
+            seen = [other for other in places if window(other) == window(place)]
             q = query[place][own]
             scores = []
             for other in seen:
                 k = key[other][own]
                 cosine = q @ k / np.linalg.norm(q) / max(np.linalg.norm(k), 1e-12)
-                scores.append(cosine * scale + biases[place[0] - other[0], place[1] - other[1]])
+                seam = 0 if side(other) == side(place) else -100
+                scores.append(cosine * scale + biases[tuple(rolled(place) - rolled(other))] + seam)
             weights = np.exp(np.asarray(scores) - max(scores))
             weights /= weights.sum()
             gathered[place][own] = sum(weight * value[other][own] for weight, other in zip(weights, seen, strict=True))

@@ -480,9 +480,7 @@ class WindowAttention(Projections):
         query, key = query.to(value.dtype), key.to(value.dtype)
         bias = self.position_bias(rows, columns)
         ground = (h, w) if self.mask_padding else (down * rows, across * columns)
-        visible = self.neighbours(ground, (rows, columns), shift, x.device)
-        if visible is not None:
-            bias = bias.where(visible[:, None], -math.inf)
+        bias = self.with_barriers(bias, ground, (rows, columns), shift)
         x = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(value.dtype), scale=1.0)
 
         x = self.join(x).unflatten(2, (rows, columns)).unflatten(1, (down, across)).transpose(2, 3)
@@ -500,23 +498,25 @@ class WindowAttention(Projections):
         return 16 * table[index].permute(2, 0, 1).sigmoid()
 
     @staticmethod
-    def neighbours(ground, window, shift, device):
-        """(windows, q, k): whether two places are neighbours on the ground and neither is padding; None: all are.
+    def with_barriers(bias, ground, window, shift):
+        """(heads, q, k) -> (windows, heads, q, k): less 100 across the seam, minus infinity between ground and padding.
 
         After the roll, the last windows hold pieces from opposite edges, and padding lies wherever it was rolled to.
         """
         if not shift and ground[0] % window[0] == 0 and ground[1] % window[1] == 0:
-            return None
+            return bias
         pieces = []
         for size, length in zip(ground, window, strict=True):
             padded = size + -size % length
-            place = torch.arange(padded, device=device)
+            place = torch.arange(padded, device=bias.device)
             pieces.append(((place >= padded - shift).int(), place.roll(-shift) >= size))
         (row, row_padded), (column, column_padded) = pieces
         piece = (2 * row[:, None] + column).masked_fill(row_padded[:, None] | column_padded, -1)
         piece = piece.unflatten(1, (-1, window[1])).unflatten(0, (-1, window[0])).transpose(1, 2)
-        piece = piece.flatten(2, 3).flatten(0, 1)
-        return piece[:, :, None] == piece[:, None, :]
+        piece = piece.flatten(2, 3).flatten(0, 1)[:, None]
+        seam = 100.0 * (piece[..., None] != piece[..., None, :])
+        padding = piece < 0
+        return (bias - seam).masked_fill(padding[..., None] != padding[..., None, :], -math.inf)
 
 
 class Fusion(nn.Module):
