@@ -1,8 +1,9 @@
 """SkySense's encoder (CVPR 2024) at full size and its smaller family, with our pre-training of it.
 
 skyjax train --config=configs/skysense.py --workdir=runs/skysense [--config.size=tiny|small|base|large|huge] [--dry-run]
-Data: sites that you have to build (docs/own_data.md). The paper: 80 A100 of 80 GB for 13 days; here huge wants 16 chips
-or more, tiny a laptop. Nobody has trained it with skyjax yet: there is no result to expect. Sizes: docs/models.md.
+Data: sites that you have to build (docs/own_data.md). Hardware: the paper had 80 A100 of 80 GB for 13 days. Here huge
+keeps 30 GB of state, spread over 16 chips or more; tiny runs on a laptop. Sizes and how to try it: docs/models.md.
+Nobody has trained it with skyjax yet, so there is no result to expect; whether the batch fits has not been measured.
 "paper" marks what the paper or its published modules say; every other number is our choice (docs/fidelity.md).
 """
 
