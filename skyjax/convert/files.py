@@ -13,6 +13,7 @@ import pickle
 import re
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -118,7 +119,8 @@ def _read_pytorch(path: pathlib.Path) -> tuple[Tensors, list[str]]:
     if zipped:
         _check_zip(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that are refused in a sentence
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
     except pickle.UnpicklingError as error:
         # PyTorch's own text recommends to switch the protection off.
         named = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:operand|class) ?([\w.]*)", str(error))
