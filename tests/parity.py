@@ -120,6 +120,8 @@ def load_case(folder: pathlib.Path) -> Case:
     if (folder / "case.json").exists():
         config = _read(folder / "case.json", lambda path: json.loads(path.read_text())["config"])
     inputs, outputs = (_read(folder / name, lambda path: dict(np.load(path))) for name in ("inputs.npz", "outputs.npz"))
+    if not outputs:
+        raise UserError(f"{folder / 'outputs.npz'}: no array in it, so nothing to compare with")
     for name in outputs:
         source, _, number = name.rpartition(".")
         if source not in inputs or not number.isdigit():
@@ -140,9 +142,11 @@ def run(case: Case, dtype: str = "float32", *, optimise: bool = True) -> Iterato
     """
     part = build(case, dtype)
     call = jax.jit(part.call, compiler_options={} if optimise else {"xla_backend_optimization_level": 0})
+    exactly = jax.default_matmul_precision("highest")(call)  # accelerators cut the factors of float32 products short
     for source, x in case.inputs.items():
-        for i, got in enumerate(call(part.params, jnp.asarray(x))):
-            yield output_names(case, source)[i], np.asarray(got, None if dtype == "float64" else np.float32)
+        names = output_names(case, source)
+        for name, got in zip(names, exactly(part.params, jnp.asarray(x)) if names else (), strict=True):
+            yield name, np.asarray(got, None if dtype == "float64" else np.float32)
 
 
 def output_names(case: Case, source: str) -> list[str]:
@@ -232,7 +236,7 @@ def _swin_v2(case: Case, compute: Compute) -> Part:
 
 def _stages(case: Case, given: list[int]) -> list[int]:
     """The stages that the outputs stand for: numbered by stage or, where fewer are given, one after the other."""
-    source = next(iter(case.inputs))
+    source = _first_source(case)
     numbers = [int(name.rpartition(".")[2]) for name in output_names(case, source)]
     return numbers if numbers and max(numbers) >= len(given) else [given[number] for number in numbers]
 
@@ -283,7 +287,7 @@ def _fusion(case: Case, compute: Compute) -> Part:
 
 def _up_head(case: Case, compute: Compute) -> Part:
     channels, width = case.weights["decoder.0.weight"].shape[:2]
-    source = next(iter(case.inputs))
+    source = _first_source(case)
     factor = case.outputs[output_names(case, source)[0]].shape[2] // case.inputs[source].shape[2]
     rules = skysense.up_head(factor)
     call, params = _module(
@@ -337,6 +341,10 @@ def _layers(case: Case) -> int:
 
 def _heads(case: Case, width: int) -> int:
     return _setting(case, "heads", "num_heads") or (width // 64 if width >= 256 else 4)
+
+
+def _first_source(case: Case) -> str:
+    return next(iter(case.outputs)).rpartition(".")[0]
 
 
 def _setting(case: Case, *names: str) -> Any:

@@ -72,6 +72,7 @@ def test_a_weight_off_by_one_percent_is_found(tmp_path, capsys):
         (lambda folder: (folder / "weights.safetensors").write_bytes(b"nonsense"), "weights.safetensors"),
         (lambda folder: (folder / "case.json").write_text("[]"), "case.json"),
         (lambda folder: (folder / "case.json").write_text('{"config": {"heads": 3}}'), "3 heads"),
+        (lambda folder: np.savez(folder / "outputs.npz"), "no array in it"),
         (lambda folder: np.savez(folder / "outputs.npz", other=np.zeros(3)), '"other" is not INPUT.NUMBER'),
         (lambda folder: change(folder, porj_linear__weight=None), "no known part"),
         (lambda folder: change(folder, layers__1__ln2__bias=None), "lacks layers.1.ln2.bias"),
@@ -91,7 +92,8 @@ def test_what_does_not_matter_is_passed_over(tmp_path):
     folder = copy("gradients_up_head", tmp_path / "case")
     weights = load_file(folder / "weights.safetensors")
     save_file({f"head_s2.{name}": value for name, value in weights.items()}, folder / "weights.safetensors")
-    assert parity.main([str(tmp_path)]) == 0  # a prefix of a whole checkpoint
+    np.savez(folder / "inputs.npz", unused=np.zeros((1, 16, 2, 2), np.float32), **np.load(folder / "inputs.npz"))
+    assert parity.main([str(tmp_path)]) == 0  # a prefix of a whole checkpoint, an input without outputs
 
 
 def test_sizes_are_read_from_weights():

@@ -304,6 +304,8 @@ WIDE = {
     "swin_every_norm": swin(12, (2, 3), (3, 6), 4, 1, patch=2, odd=(2, 37, 51)),
     "swin_one_stage": swin(20, (7,), (5,), 7, 3, chans=12, odd=(1, 75, 113)),
     "swin_wide_heads": swin(88, (2, 2), (2, 4), 8, 0, square=(1, 64, 96)),
+    # Heads of two features at scales of 100: places across the seam of a shifted window are often the nearest.
+    "swin_narrow_heads": swin(16, (2, 2), (8, 16), 4, 0, oblong=(1, 96, 128), start="sharp"),
     "swin_deep": swin(16, (1, 13), (2, 4), 4, 6, chans=2, oblong=(1, 64, 44)),
     "swin_window16": swin(16, (2, 2), (2, 4), 16, 2, oblong=(1, 128, 140)),
     "swin_window2": swin(16, (2, 2), (2, 4), 2, 2, odd=(1, 21, 31)),
