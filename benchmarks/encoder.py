@@ -10,7 +10,7 @@ alone; forward and backward adds the gradients of a weighted sum of them by all 
 
 Other programs disturb timings, so the sides take turns (skyjax, torch, skyjax, torch, ...) and each number is the
 shortest of all rounds, after a warm-up that compiles. On a busy machine take --threads=1 --clock=cpu: processor time
-of one thread is what the clock on the wall would show with nothing else running. A ratio below 1 means that skyjax is faster.
+of one thread is what the clock on the wall would show with nothing else running. A ratio below 1: skyjax is faster.
 """
 
 import argparse

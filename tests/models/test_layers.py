@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from skyjax.models.layers import Compute, LayerNorm, PatchEmbed, TransformerLayer, attend, drop_path
+from skyjax.models.layers import Compute, LayerNorm, Linear, PatchEmbed, TransformerLayer, attend, drop_path
 
 
 def test_attend_is_the_softmax_of_visible_keys():
@@ -23,6 +23,28 @@ def test_attend_is_the_softmax_of_visible_keys():
     arrays = (jnp.asarray(x, jnp.float32) for x in (query, key, value))
     got = attend(*arrays, scale=0.3, bias=jnp.asarray(bias, jnp.float32), mask=jnp.asarray(mask)[:, None, None])
     assert_allclose(got, want, atol=1e-6)
+
+
+def test_gradients_of_a_projection_are_those_of_its_formula():
+    rng = np.random.default_rng(0)
+    x, weights = rng.normal(size=(2, 3, 4)), rng.normal(size=(2, 3, 2, 5))
+    graph, state = nnx.split(Linear(4, (2, 5), jnp.float32, nnx.Rngs(0)))
+
+    def weighted(state, x):
+        return jnp.sum(nnx.merge(graph, state)(x) * weights)
+
+    got, got_x = jax.grad(weighted, argnums=(0, 1))(state, jnp.asarray(x, jnp.float32))
+    assert_allclose(got.bias[...], weights.sum((0, 1)), rtol=1e-5, atol=1e-6)
+    assert_allclose(got.kernel[...], np.einsum("bnd,bnij->dij", x, weights), rtol=1e-4, atol=1e-5)
+    assert_allclose(got_x, np.einsum("dij,bnij->bnd", state.kernel[...], weights), rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_gathers_its_gradient_in_float32():
+    linear = Linear(2, 3, jnp.bfloat16, nnx.Rngs(0))
+    graph, state = nnx.split(linear)
+    rows = jnp.zeros((1000, 2))
+    gradient = jax.grad(lambda state: jnp.sum(nnx.merge(graph, state)(rows).astype(jnp.float32)))(state)
+    assert_array_equal(gradient.bias[...], 1000)  # a sum in bfloat16 would stop at 256
 
 
 def test_patch_embed_is_a_strided_convolution_of_the_padded_image():
