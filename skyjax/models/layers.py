@@ -72,7 +72,7 @@ def depth(layers: Any) -> int:
     return jax.tree.leaves(layers)[0].shape[0]
 
 
-def take_layers(layers: Any, index: int | slice) -> Any:
+def take_layers(layers: Any, index: int | slice | np.ndarray) -> Any:
     """One layer, or some layers, of a stack."""
     return jax.tree.map(lambda leaf: leaf[index], layers)
 

@@ -8,7 +8,7 @@ unshifted block.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -143,62 +143,42 @@ class Stage(nnx.Module):
             x = self.downsample(x)
         # A grid that is a single window has nothing to shift.
         shift = self.window // 2 if min(x.shape[1:3]) > self.window else 0
-        if self.extra_norms is not None and self.extra_norm_every % 2:
-            return self._run_odd(x, rates, keys, shift)
-        count = len(rates) // 2
-        if count:
-            inputs = rates, keys
-            pairs = (
-                take_layers(self.pairs["unshifted"], slice(count)),
-                self.pairs["shifted"],
-                *jax.tree.map(lambda leaf: leaf[: 2 * count].reshape(count, 2, *leaf.shape[1:]), inputs),
-            )
-            x = self._run_pairs(x, pairs, shift)
-        # An even number of blocks lies between extra norms: none stands behind the odd block.
-        return self._run_block(x, len(rates) - 1, rates, keys, shift) if len(rates) % 2 else x
-
-    def _run_pairs(self, x: Float[Array, "n h w d"], pairs: Any, shift: int) -> Float[Array, "n h w d"]:
-        """All pairs, with the extra norms between them."""
-        if self.extra_norms is None:
-            return self._run(x, pairs, shift)
-        groups, size = depth(self.extra_norms), self.extra_norm_every // 2
-        last = take_layers(pairs, slice(groups * size, None))
-        grouped = take_layers(pairs, slice(groups * size))
-        grouped = jax.tree.map(lambda leaf: leaf.reshape(groups, size, *leaf.shape[1:]), grouped)
-        x = self.compute.run(lambda x, group: group[1](self._run(x, group[0], shift)), x, (grouped, self.extra_norms))
-        return self._run(x, last, shift)
-
-    def _run(self, x: Float[Array, "n h w d"], pairs: Any, shift: int) -> Float[Array, "n h w d"]:
-        """Pairs in a row."""
-        length = depth(pairs)
-        unshifted = self.compute.block(lambda x, block, rate, key: block(x, 0, rate, key), length)
-        shifted = self.compute.block(lambda x, block, rate, key: block(x, shift, rate, key), length)
+        length = len(rates)
+        own = (rates, keys, *self._norms(length))
+        count = length // 2
+        normed = self.extra_norms is not None
+        odd = normed and self.extra_norm_every % 2 == 1  # of an even period, each norm stands behind a shifted block
+        first, second = self._block(0, count, odd), self._block(shift, count, normed)
 
         def pair(x: Array, inputs: Any) -> Array:
-            first, second, rate, key = inputs
-            x = unshifted(x, first, rate[0], None if key is None else key[0])
-            return shifted(x, second, rate[1], None if key is None else key[1])
+            unshifted, shifted, own = inputs
+            return second(first(x, unshifted, take_layers(own, 0)), shifted, take_layers(own, 1))
 
-        return self.compute.run(pair, x, pairs)
-
-    def _run_odd(
-        self, x: Float[Array, "n h w d"], rates: np.ndarray, keys: jax.Array | None, shift: int
-    ) -> Float[Array, "n h w d"]:
-        """An odd period sets norms inside pairs. No published net of size does so: the loop is simply unrolled."""
-        for i in range(len(rates)):
-            x = self._run_block(x, i, rates, keys, shift)
-            if (i + 1) % self.extra_norm_every == 0:
-                x = take_layers(self.extra_norms, i // self.extra_norm_every)(x)
+        if count:
+            inputs = jax.tree.map(lambda leaf: leaf[: 2 * count].reshape(count, 2, *leaf.shape[1:]), own)
+            pairs = take_layers(self.pairs["unshifted"], slice(count)), self.pairs["shifted"], inputs
+            x = self.compute.run(pair, x, pairs)
+        if length % 2:
+            x = self._block(0, 1, odd)(x, take_layers(self.pairs["unshifted"], -1), take_layers(own, -1))
         return x
 
-    def _run_block(
-        self, x: Float[Array, "n h w d"], i: int, rates: np.ndarray, keys: jax.Array | None, shift: int
-    ) -> Float[Array, "n h w d"]:
-        """Block `i` by itself."""
-        own_shift = shift if i % 2 else 0
-        block = take_layers(self.pairs["shifted" if i % 2 else "unshifted"], i // 2)
-        run = self.compute.block(lambda x, block, rate, key: block(x, own_shift, rate, key), 1)
-        return run(x, block, rates[i], None if keys is None else keys[i])
+    def _norms(self, length: int) -> tuple[Any, np.ndarray | None]:
+        """An extra norm for each block, and whether it stands there, so that one scan runs all."""
+        if self.extra_norms is None:
+            return None, None
+        blocks = np.arange(length)
+        nearest = np.minimum(blocks // self.extra_norm_every, depth(self.extra_norms) - 1)
+        return take_layers(self.extra_norms, nearest), (blocks + 1) % self.extra_norm_every == 0
+
+    def _block(self, shift: int, length: int, normed: bool) -> Callable[[Array, Any, Any], Array]:
+        """A block of a stack of `length` and, where `normed`, the extra norm behind it: of `x`, the block, its own."""
+
+        def run(x: Array, block: Any, own: Any) -> Array:
+            rate, key, norm, stands = own
+            x = block(x, shift, rate, key)
+            return jnp.where(stands, norm(x), x) if normed else x
+
+        return self.compute.block(run, length)
 
 
 class PatchMerging(nnx.Module):
