@@ -1,6 +1,7 @@
 """Files as SkySense releases them, with random weights: names and shapes written down from its published modules.
 
-Not made from the code under test; tests/convert/test_skysense.py holds them to the stored cases of the real modules.
+Not made from the code under test; tests/convert/test_released_names.py holds them to the stored cases of the real
+modules.
 """
 
 import numpy as np

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from quick import quick_jit
-from test_skysense import changed, random_images, tiny
+from tiny_model import changed, random_images, tiny
 
 from skyjax.models import skysense
 

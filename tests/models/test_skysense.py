@@ -1,4 +1,3 @@
-import pathlib
 import re
 
 import jax
@@ -8,44 +7,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from quick import quick_jit
+from tiny_model import CONFIG, SIZES, changed, random_images, tiny
 
-from skyjax.config import load_config
 from skyjax.models import skysense
 from skyjax.models.parameters import table
-
-CONFIG = load_config(pathlib.Path(__file__).parents[2] / "configs" / "pretrain_sample.py")
-SIZES = {"optical": (1, 16), "multispectral": (3, 6), "sar": (2, 6)}  # dates, pixels
-
-
-def tiny(**changes):
-    """The sample config's keys with the smallest values, none of them left to that file."""
-    config = ml_collections.ConfigDict(CONFIG.model.to_dict())
-    vit = {"patch_size": 2, "image_size": 8, "width": 8, "depth": 1, "heads": 2, "up_factor": 2}
-    for m, bands in (("multispectral", ("B02", "B03", "B04")), ("sar", ("VV", "VH"))):
-        config.modalities[m].update(vit | {"bands": bands})
-    config.modalities.optical.update(
-        {"patch_size": 4, "width": 8, "depths": (2, 2), "heads": (1, 2), "window": 2, "extra_norm_every": 6}
-    )
-    config.update({"dtype": "float32", "scan": True, "remat": "none", "spatial_width": 16, "drop_path": 0.2})
-    config.fusion.update({"width": 16, "depth": 2, "heads": 2})
-    with config.ignore_type():
-        config.update_from_flattened_dict(changes)
-    return config
-
-
-def random_images(batch=2, sizes=SIZES, seed=0):
-    rng = np.random.default_rng(seed)
-    images = {}
-    for m, (dates, pixels) in sizes.items():
-        bands = len(tiny().modalities[m].bands)
-        images[m] = {
-            "values": rng.normal(size=(batch, dates, pixels, pixels, bands)).astype(np.float32),
-            "days": rng.integers(15_000, 20_000, (batch, dates)).astype(np.int32),
-            "valid": np.ones((batch, dates), bool),
-            "clear": np.ones((batch, dates, pixels, pixels), bool),
-            "bands": np.ones((batch, bands), bool),
-        }
-    return images
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +18,6 @@ def model():
     config = tiny()
     params = quick_jit(lambda key: skysense.init(config, key))(jax.random.key(0))
     return config, params, quick_jit(lambda images: skysense.apply(config, params, images))
-
-
-def changed(images, modality, **arrays):
-    return images | {modality: images[modality] | arrays}
 
 
 def test_output_is_as_agreed(model):
@@ -123,20 +84,6 @@ def test_an_absent_modality_and_a_masked_one_are_the_same(model):
     assert "sar" not in want["spatial"]
     for other in (masked, without_bands):
         assert_allclose(run(other)["fused"], want["fused"], atol=1e-5)
-
-
-def test_what_lies_under_a_mask_is_never_read(model):
-    _, _, run = model
-    images = random_images()
-    clear = np.random.default_rng(1).random((2, 3, 6, 6)) < 0.7
-    bands = np.array([[True, False, True], [True, True, True]])
-    masked = changed(images, "multispectral", clear=clear, bands=bands)
-    values = images["multispectral"]["values"].copy()
-    values[~clear] = np.nan
-    values[0, ..., 1] = np.inf
-    got, want = run(changed(masked, "multispectral", values=values)), run(masked)
-    jax.tree.map(assert_array_equal, got, want)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
 
 def test_masks_go_from_pixels_to_tokens_to_the_grid(model):
