@@ -88,14 +88,14 @@ def parts(size: str) -> dict[str, Part]:
         "embed_dims": swin, "depths": depths, "num_heads": tuple(swin * 2**i // 32 or 1 for i in range(4)), "window": 8,
         "img": 256, "chans": 3, "extra": 6, "out_indices": (3,),
     }  # fmt: skip
+    cells = {"inp": width, "out": 8 * swin, "scale": 4}
     fusion = {"input_dims": 8 * swin, "embed_dims": width, "layers": depth, "heads": heads}
     return {
         "swin_v2": Part("Swin-V2, 256 x 256 pixels", "swin_v2", optical, (1, 3, 256, 256)),
         "multispectral": Part("ViT multispectral, 64 x 64 pixels", "vit", vit | {"chans": 10}, (1, 10, 64, 64)),
         "sar": Part("ViT SAR, 64 x 64 pixels", "vit", vit | {"chans": 2}, (1, 2, 64, 64)),
-        "up_head": Part(
-            "up-head, 16 x 16 tokens", "up_head", {"inp": width, "out": 8 * swin, "scale": 4}, (1, width, 16, 16)
-        ),
+        "up_head": Part("up-head, 16 x 16 tokens", "up_head", cells, (1, width, 16, 16)),
+        "up_head_4": Part("up-head, 4 times 16 x 16 tokens", "up_head", cells, (4, width, 16, 16)),
         "fusion": Part("fusion, 64 places, 7 dates", "fusion", fusion, (64, 7, 8 * swin)),
     }
 
@@ -133,7 +133,7 @@ def ours(part: Part, weights: dict[str, np.ndarray], dtype: Any) -> tuple[dict[s
     def call(params: dict[str, Any], x: jax.Array) -> jax.Array:
         state = jax.tree.map(lambda leaf: leaf, abstract)
         nnx.replace_by_pure_dict(state, params)
-        module = nnx.merge(graph, state)
+        module: Any = nnx.merge(graph, state)
         if part.module != "fusion":
             return module(x)
         _, t, h, w, _ = x.shape
@@ -184,13 +184,18 @@ def time_part(part: Part, gpu: bool, rounds: int, clock: Callable[[], float]) ->
         ("forward", lambda: forward(params, x), None),
         ("forward, backward", lambda: gradients(params, x, own_factors), their_factors),
     ):
-        runs: dict[str, Callable[[], Any]] = {"skyjax": lambda run=run: jax.block_until_ready(run())}
+        runs: dict[str, Callable[[], Any]] = {"skyjax": functools.partial(run_jax, run)}
         for side, made in sides.items():
             runs[side] = functools.partial(run_torch, made, theirs, weighting, gpu)
         best = fastest(runs, rounds, clock)
         ratios = " ".join(f"{best['skyjax'] / best[side]:8.2f}" for side in sides)
         times = " ".join(f"{1000 * best[side]:10.1f}" for side in runs)
         print(f"{part.title:34s} {name:18s} {times} {ratios} {difference:12.1e}", flush=True)
+
+
+def run_jax(function: Callable[[], Any]) -> None:
+    """Calls and waits."""
+    jax.block_until_ready(function())
 
 
 def run_torch(module: Any, x: Any, factors: Any, gpu: bool) -> Any:
@@ -234,7 +239,7 @@ def _keep_memory() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="swin_v2,multispectral,sar,up_head,fusion")
+    parser.add_argument("--parts", default=",".join(parts("tiny")))
     parser.add_argument("--size", default="base", choices=("base", "tiny"))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
