@@ -161,13 +161,37 @@ def get_sensor(key: str) -> Sensor:
     return sensors()[key]
 
 
+def same_band(a: Band, b: Band) -> bool:
+    """Whether two sensors' bands are one, by STAC common name where both have one, else by name.
+
+    A name alone says too little: B11 is short-wave infrared at Sentinel-2, and thermal at Landsat.
+    """
+    return a.common == b.common if a.common and b.common else a.name == b.name
+
+
+def ambiguity(sensor_keys: Sequence[str], bands: Sequence[str]) -> str | None:
+    """What is wrong, in words, where a name means different bands at these sensors: one input would get both."""
+    for name in bands:
+        met = [(sensor, sensor.find(name)) for sensor in map(get_sensor, sensor_keys)]
+        found = [(sensor.key, sensor.bands[position]) for sensor, position in met if position is not None]
+        odd = [key for key, band in found if not same_band(found[0][1], band)]
+        if odd:
+            return f'"{name}" is not the same band at {found[0][0]} and {odd[0]}; take common names, as red or nir'
+    return None
+
+
 def statistics(
     sensor_keys: Sequence[str], bands: Sequence[str]
 ) -> tuple[Float[np.ndarray, "s c"], Float[np.ndarray, "s c"]]:
     """Mean and std of a model's bands for each sensor, in that sensor's unit.
 
     A row is a sensor, in the order of `sensor_keys`. A band that a sensor lacks has mean 0 and std 1: it is masked.
+
+    Raises:
+      UserError: a sensor is not known, or a name means different bands at two of them.
     """
+    if wrong := ambiguity(sensor_keys, bands):
+        raise UserError(wrong)
     mean = np.zeros((len(sensor_keys), len(bands)), np.float32)
     std = np.ones_like(mean)
     for row, key in enumerate(sensor_keys):

@@ -90,3 +90,10 @@ def test_the_right_scale_passes():
     get_sensor("sentinel2-l2a").check_scale(np.zeros((50, 4), np.uint16))  # nothing but nodata says nothing
     get_sensor("sentinel1-grd").check_scale(rng.normal(-15, 6, (50, 2)).astype(np.float32))
     get_sensor("rgb").check_scale(np.zeros((50, 3), np.uint8))
+
+
+def test_one_name_for_two_bands_is_told():
+    with pytest.raises(UserError, match='"B11" is not the same band at sentinel2-l2a and landsat8-9'):
+        statistics(("sentinel2-l2a", "landsat8-9"), ("B02", "B11"))
+    mean, _ = statistics(("sentinel2-l2a", "landsat8-9"), ("blue", "swir16"))
+    assert (mean > 0).all()

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from skyjax.errors import UserError, nearest
-from skyjax.sensors import Band, Sensor, get_sensor, sensors, statistics
+from skyjax.sensors import Band, Sensor, ambiguity, get_sensor, same_band, sensors, statistics
 
 # Of which polarisation a band takes the slice, best first: the same kind (co- or cross-polarised) before the other.
 POLARISATIONS = {
@@ -205,14 +205,6 @@ def _take(modality: str, band: Band, sources: Sequence[Band]) -> tuple[int, str]
     return i, f"the nearest centre wavelength ({sources[i].wavelength:g} nm for {band.wavelength:g} nm)"
 
 
-def same_band(a: Band, b: Band) -> bool:
-    """Whether two sensors' bands are one, by STAC common name where both have one, else by name.
-
-    A name alone says too little: B11 is short-wave infrared at Sentinel-2, and thermal at Landsat.
-    """
-    return a.common == b.common if a.common and b.common else a.name == b.name
-
-
 def _of_modality(modality: str) -> list[Sensor]:
     return [sensor for sensor in sensors().values() if sensor.modality == modality]
 
@@ -251,7 +243,7 @@ def _choose_keys(modality: str, own: Sequence[str], bands: Sequence[str]) -> lis
             " the sensors of your images"
         )
     kept = [key for key in own if any(get_sensor(key).find(name) is not None for name in bands)]
-    kept = [key for key in kept if key in chosen or _odd([chosen[0], key], bands) is None]
+    kept = [key for key in kept if key in chosen or ambiguity([chosen[0], key], bands) is None]
     return [*kept, *(key for key in chosen if key not in kept)]
 
 
@@ -262,21 +254,8 @@ def _check_keys(modality: str, keys: Sequence[str], bands: Sequence[str]) -> Non
     for name in bands:
         if all(get_sensor(key).find(name) is None for key in keys):
             get_sensor(keys[0]).index(name)  # raises, and says what is near
-    odd = _odd(keys, bands)
-    if odd:
-        raise UserError(
-            f'{modality}: "{odd}" is not the same band at each of {" ".join(keys)}; take common names, as red or nir'
-        )
-
-
-def _odd(keys: Sequence[str], bands: Sequence[str]) -> str | None:
-    """The first name by which the sensors mean different bands; None: there is none."""
-    for name in bands:
-        met = [(sensor, sensor.find(name)) for sensor in map(get_sensor, keys)]
-        found = [sensor.bands[position] for sensor, position in met if position is not None]
-        if any(not same_band(found[0], other) for other in found):
-            return name
-    return None
+    if wrong := ambiguity(keys, bands):
+        raise UserError(f"{modality}: {wrong}")
 
 
 def _statistics(table: Mapping[str, Any], keys: Sequence[str], bands: Sequence[str]) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_sensors_are_those_that_the_names_fit():
     for bands, options, message in (
         (("B02", "B8"), {}, "no sensor has all of B02 B8"),
         (("B02", "B99"), {}, 'band "B99" is not known'),
-        (("B11",), {"sensor_keys": (*own, "landsat8-9")}, '"B11" is not the same band at each of sentinel2-l1c'),
+        (("B11",), {"sensor_keys": (*own, "landsat8-9")}, '"B11" is not the same band at sentinel2-l1c and landsat8-9'),
         (("red",), {"sensor_keys": ("naip",)}, 'sensor "naip" is optical, not multispectral'),
         (("B8",), {"sensor_keys": own}, r'sentinel2-l1c: band "B8" is not known; did you mean "B08"\?'),
     ):
