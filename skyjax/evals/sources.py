@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from skyjax.errors import BadRecord, UserError, nearest
-from skyjax.input.images import SUFFIXES, image_sample, read_image
+from skyjax.input.images import SUFFIXES, image_sample, list_images, read_image
 from skyjax.input.records import DESCRIPTION, RecordSource
 from skyjax.sample import Sample, make_sequence
 from skyjax.sensors import Sensor, get_sensor, sensors
@@ -78,7 +78,7 @@ def _class_folders(folder: pathlib.Path, sensor: str | None, bands: tuple[str, .
         found = [(PART_NAMES[part.name.lower()], each) for part in inside for each in _folders(part)]
     else:
         found = [("", each) for each in inside]
-    files = [(part, each.name, image) for part, each in found for image in _images(each)]
+    files = [(part, each.name, image) for part, each in found for image in list_images(each)]
     if not files:
         raise UserError(f'"{folder}" holds no class folders with images ({" ".join(SUFFIXES)}){_deeper(folder)}')
     classes = tuple(sorted({name for _, name, _ in files}))
@@ -99,14 +99,6 @@ def _class_folders(folder: pathlib.Path, sensor: str | None, bands: tuple[str, .
 
 def _folders(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
-
-
-def _images(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-    )
 
 
 def _deeper(folder: pathlib.Path) -> str:

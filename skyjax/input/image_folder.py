@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 from skyjax.errors import BadRecord, UserError
-from skyjax.input.images import SUFFIXES, image_sample
+from skyjax.input.images import SUFFIXES, image_sample, list_images
 from skyjax.sample import Sample
 
 SENSOR = "rgb"
@@ -26,11 +26,7 @@ class ImageFolder:
         self.folder = pathlib.Path(folder)
         if not self.folder.is_dir():
             raise UserError(f'there is no folder "{folder}"; name a folder of images or one made by skyjax data build')
-        self._files = sorted(
-            file
-            for file in self.folder.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
+        self._files = list_images(self.folder)
         if not self._files:
             raise UserError(
                 f'"{folder}" holds neither images ({" ".join(SUFFIXES)}) nor records; make these with skyjax data build'

@@ -20,6 +20,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 METRES_A_DEGREE = 111_320  # of latitude, and of longitude at the equator
 
 
+def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """All images below a folder, in the order of their paths; hidden files are passed over."""
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
+    )
+
+
 def read_image(path: str | os.PathLike[str]) -> Shaped[np.ndarray, "h w c"]:
     """Pixels of a JPEG, PNG or GeoTIFF in a stored type; palettes become RGB, an alpha channel of a picture is dropped.
 
