@@ -173,7 +173,10 @@ def test_one_encoder_of_ours_has_no_prefix(tiny_config):
 def test_a_lossy_file_is_not_put_in_place(checkpoint, tmp_path, monkeypatch):
     """The check looks at what was written, not at what was meant."""
     write = export.files.write
-    flipped = lambda path, tensors: write(path, {**tensors, "ctpe": tensors["ctpe"] + 1e-7})  # noqa: E731
+
+    def flipped(path, tensors):
+        write(path, {**tensors, "ctpe": tensors["ctpe"] + 1e-7})
+
     monkeypatch.setattr(export.files, "write", flipped)
     with pytest.raises(RuntimeError, match=r"not lossless.*fusion\.dates"):
         export.run(checkpoint, "skysense", tmp_path / "a.safetensors")
