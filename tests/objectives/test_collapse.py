@@ -1,3 +1,7 @@
+"""A toy that collapses when nothing holds it apart, and the loop's own alarm on it, with the sample config's limits."""
+
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -5,15 +9,22 @@ import numpy as np
 import optax
 import pytest
 
+from skyjax.config import load_config
 from skyjax.objectives import distillation, heads, spread
 from skyjax.objectives.distillation import Rows
+from skyjax.train.metrics import Journal
 
 B, WIDTH, HIDDEN = 64, 16, 32
+STEPS = 200
+SAMPLE_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "pretrain_sample.py"
 
 
-@pytest.mark.parametrize("guarded", [False, True])
-def test_features_collapse_without_balancing_and_spread_and_stay_apart_with_them(guarded):
-    """A network of two layers on noisy views of random points, weight decay on, teacher by moving average."""
+def train(*, guarded: bool):
+    """Ranks and spreads of the teacher's features a step.
+
+    A network of two layers on noisy views of random points, teacher by moving average. Rate and weight decay are so
+    strong that without balancing and spread all features become one within half of the steps.
+    """
     config = ml_collections.ConfigDict(
         {
             "kind": "dino",
@@ -33,7 +44,7 @@ def test_features_collapse_without_balancing_and_spread_and_stay_apart_with_them
         "second": {"kernel": jax.random.normal(second, (HIDDEN, WIDTH)) / 6, "bias": jnp.zeros(WIDTH)},
         "head": heads.init_heads(config, model, head)["fused"]["image"],
     }
-    optimizer = optax.adamw(0.03, weight_decay=0.3)
+    optimizer = optax.adamw(0.1, weight_decay=1.0)
     everything = jnp.ones(B, bool)
 
     def encode(params, x):
@@ -53,14 +64,33 @@ def test_features_collapse_without_balancing_and_spread_and_stay_apart_with_them
     def step(carry, key):
         params, teacher, state = carry
         points, *noise = jax.random.normal(key, (3, B, WIDTH))
-        rank = spread.effective_rank(encode(teacher, points), everything)
+        features = encode(teacher, points)
+        watched = spread.effective_rank(features, everything), spread.spread(features, everything)
         gradient = jax.grad(loss)(params, teacher, points + noise[0], points + noise[1])
         updates, state = optimizer.update(gradient, state, params)
         params = optax.apply_updates(params, updates)
         teacher = jax.tree.map(lambda t, p: 0.9 * t + 0.1 * p, teacher, params)
-        return (params, teacher, state), rank
+        return (params, teacher, state), watched
 
     start = (params, params, optimizer.init(params))
-    _, ranks = jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(run, 200)))()
-    before, after = np.mean(ranks[:5]), np.mean(ranks[-5:])
-    assert after > before if guarded else after < 0.8 * before, (before, after)
+    _, watched = jax.jit(lambda: jax.lax.scan(step, start, jax.random.split(run, STEPS)))()
+    return [np.asarray(x) for x in watched]
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_alarm_goes_off_without_balancing_and_spread_and_is_silent_with_them(guarded, tmp_path, capfd):
+    ranks, spreads = train(guarded=guarded)
+
+    def alarms(*overrides):
+        config = load_config(SAMPLE_CONFIG, [f"steps={STEPS}", *overrides])
+        with Journal(config, tmp_path, 0, 0.0) as journal:
+            for i in range(STEPS):
+                values = {"loss": 1.0, "skipped": 0, "nonfinite_in_a_row": 0}
+                journal.log(i + 1, values | {"rank/fused": ranks[i], "spread/fused": spreads[i]})
+            journal.finish()
+        return " ".join(capfd.readouterr().err.split()).count("features collapse")
+
+    assert alarms() == (not guarded)
+    assert alarms("objective.spread_alarm=1e-12") == (not guarded)
+    # Not by a hair: either all features are one, or they fill more of the space than they did at the start.
+    assert ranks[-5:].mean() > ranks[:5].mean() if guarded else ranks[-5:].max() < 1.1, (ranks[:5], ranks[-5:])
