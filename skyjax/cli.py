@@ -98,15 +98,17 @@ def _add_eval(verbs: Any, verb: str) -> None:
         "skyjax eval --checkpoint=runs/first --task=knn --dataset=data/sample/eurosat_rgb",
     )
     if verb == "eval":  # the room takes seconds to import; the other verbs need not wait for it
-        from skyjax.evals import probe
+        from skyjax.evals import probe, segmentation
 
-        probe.add_arguments(evaluate)
+        probe.add_arguments(evaluate, other_tasks=(segmentation.TASK,))
+        segmentation.add_arguments(evaluate)
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
-    from skyjax.evals import probe, scores
+    from skyjax.evals import probe, scores, segmentation
 
-    result = probe.from_arguments(options)
+    task = segmentation if options.task == segmentation.TASK else probe
+    result = task.from_arguments(options)
     workdir = pathlib.Path(options.checkpoint)
     if (workdir / "config.json").is_file():
         scores.keep_probe(workdir / scores.PROBES, result)

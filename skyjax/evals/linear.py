@@ -129,18 +129,32 @@ def _warmup_cosine(peak: jax.Array, steps: int) -> Callable[[jax.Array], jax.Arr
     return rate
 
 
-def fit_lbfgs(train: Part, validation: Part, test: Float[np.ndarray, "n d"], *, num_classes: int) -> Fit:
-    """Logistic regression by L-BFGS, C chosen on validation, fitted again on training and validation."""
+def fit_lbfgs(
+    train: Part,
+    validation: Part,
+    test: Float[np.ndarray, "n d"],
+    *,
+    num_classes: int,
+    again: Part | None = None,
+    penalties: Sequence[float] = INVERSE_PENALTIES,
+) -> Fit:
+    """Logistic regression by L-BFGS, C chosen on validation, fitted again on training and validation, or on `again`.
+
+    `again` is for parts that a gap keeps apart: once C is chosen, what lies in the gap may train too.
+    """
     normalise = standardiser(train.features)
-    path = logistic_path(normalise(train.features), train.labels, INVERSE_PENALTIES, num_classes=num_classes)
+    path = logistic_path(normalise(train.features), train.labels, penalties, num_classes=num_classes)
     held_out = normalise(validation.features)
     scores = [_score(validation, held_out, each) for each in path]
     best = int(np.argmax(scores))  # the stronger penalty of equals
-    both = normalise(np.concatenate([train.features, validation.features]))
-    labels = np.concatenate([train.labels, validation.labels])
-    chosen = INVERSE_PENALTIES[best]
-    (weights,) = logistic_path(both, labels, [chosen], num_classes=num_classes, start=path[best])
-    return Fit(_predict(normalise(test), weights, labels.ndim), chosen, tuple(scores))
+    both = again or Part(
+        np.concatenate([train.features, validation.features]), np.concatenate([train.labels, validation.labels])
+    )
+    chosen = penalties[best]
+    (weights,) = logistic_path(
+        normalise(both.features), both.labels, [chosen], num_classes=num_classes, start=path[best]
+    )
+    return Fit(_predict(normalise(test), weights, both.labels.ndim), chosen, tuple(scores))
 
 
 def logistic_path(

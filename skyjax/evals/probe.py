@@ -345,10 +345,10 @@ def write_json(result: Mapping[str, Any], path: str | pathlib.Path) -> None:
         raise UserError(f'--json: "{path}" cannot be written: {error.strerror}') from error
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `skyjax eval` for these tasks."""
+def add_arguments(parser: argparse.ArgumentParser, other_tasks: tuple[str, ...] = ()) -> None:
+    """The options of `skyjax eval`; tasks of other modules take them too, as far as they have a meaning there."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run's directory or a checkpoint")
-    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--task", required=True, choices=(*TASKS, *other_tasks))
     parser.add_argument("--dataset", required=True, metavar="PATH", help="class folders, a skyjax dataset, tfds:NAME")
     parser.add_argument("--test-dataset", metavar="PATH", help="test images, where they lie elsewhere")
     parser.add_argument("--train-per-class", type=int, metavar="N", help="training images a class (300)")
@@ -377,9 +377,14 @@ def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
         image_size=arguments.image_size,
         seed=arguments.seed,
     )
+    tell(result, arguments)
+    return result
+
+
+def tell(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
+    """Prints the table and writes the files that the command line asks for."""
     print_table(result)
     if arguments.json:
         write_json(result, arguments.json)
     if arguments.csv:
         append_csv(result, arguments.csv)
-    return result

@@ -51,7 +51,7 @@ def keep_probe(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
     def work(probe: Mapping[str, Any]) -> tuple[Any, ...]:
         return (
-            *(probe.get(key) for key in ("task", "dataset", "test_dataset")),
+            *(probe.get(key) for key in ("task", "dataset", "test_dataset", "label")),
             probe.get("settings", {}).get("pooling"),
         )
 
