@@ -302,7 +302,9 @@ def _centres(
 ) -> tuple[Float[Array, "b r k d"], Float[Array, "b r k"]]:
     """Assignment-weighted means and the mass of each; a cluster without mass has the centre zero."""
     mass = assignment.sum(2)
-    sums = jnp.einsum("brnk,brnd->brkd", assignment, tokens.astype(jnp.float32))
+    # A weight of zero does not take off what is not finite.
+    tokens = jnp.where(jnp.any(assignment > 0, axis=-1)[..., None], tokens.astype(jnp.float32), 0)
+    sums = jnp.einsum("brnk,brnd->brkd", assignment, tokens)
     return sums / jnp.maximum(mass, 1e-6)[..., None], mass
 
 

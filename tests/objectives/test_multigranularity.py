@@ -227,6 +227,27 @@ def test_object_rows_are_finite_for_no_token_one_token_and_equal_tokens(tokens, 
         assert_array_equal(gradient, 0)
 
 
+def test_nothing_of_a_masked_token_reaches_an_object_row_or_its_gradient(scene):
+    """Tokens that the teacher did not measure, and dates that the student was not shown, may hold anything."""
+    student, local_student, teacher, _, _ = scene
+    junk = [
+        (student._replace(features=jnp.where(student.seen[..., None, None, None], student.features, value)),
+         teacher._replace(features=jnp.where(teacher.places[..., None], teacher.features, value)))
+        for value in (0.0, -1e6, np.nan)
+    ]  # fmt: skip
+
+    def loss(features, student, teacher):
+        rows = objects([student._replace(features=features), local_student], teacher)
+        return jnp.sum(rows.weight[..., None] * jnp.square(rows.student - rows.teacher)), rows
+
+    (_, want), want_gradient = jax.value_and_grad(loss, has_aux=True)(junk[0][0].features, *junk[0])
+    assert np.abs(want_gradient).max() > 0
+    for mine, other in junk[1:]:
+        (_, got), gradient = jax.value_and_grad(loss, has_aux=True)(mine.features, mine, other)
+        jax.tree.map(assert_array_equal, got, want)
+        assert_array_equal(gradient, want_gradient)
+
+
 def test_clusters_start_far_apart_and_masked_tokens_belong_to_none():
     rng = np.random.default_rng(1)
     kinds = np.repeat(np.eye(4), 5, 0)[rng.permutation(20)]
