@@ -64,6 +64,17 @@ def test_a_finished_run_has_everything(straight, config):
     assert np.shape(notes["statistics"]["multispectral"]["mean"]) == (1, 3)
 
 
+def test_every_term_is_logged_by_its_name_and_they_add_up(straight, config):
+    streams = ("multispectral", "sar", "fused")
+    names = {f"{level}/{stream}" for level in ("pixel", "object", "image", "spread") for stream in streams}
+    names |= {"alignment/multispectral-sar"}
+    for line in lines(straight):
+        assert {name.removeprefix("loss/") for name in line if name.startswith("loss/")} == names
+        terms = {name: line[f"loss/{name}"] or 0 for name in names}  # None: nothing of it in the batch
+        weighted = sum(config.objective.weights[name.split("/")[0]] * value for name, value in terms.items())
+        assert line["loss"] == pytest.approx(weighted, rel=1e-5)
+
+
 def test_training_lowers_the_loss(straight):
     loss = [line["loss"] for line in lines(straight)]
     assert np.mean(loss[-5:]) < np.mean(loss[:5])

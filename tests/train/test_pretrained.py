@@ -8,7 +8,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 import skyjax
+from skyjax.convert import export
 from skyjax.errors import UserError
+from skyjax.evals import probe
 from skyjax.input.records import RecordSource
 from skyjax.models import skysense
 from skyjax.sensors import statistics
@@ -38,6 +40,18 @@ def test_it_is_the_teacher_with_its_config(saved, config):
     jax.tree.map(np.testing.assert_array_equal, model.params, teacher)
     assert model.step == 4
     assert model.config.model.spatial_width == config.model.spatial_width
+
+
+def test_what_is_evaluated_and_exported_is_the_teacher(saved, first, tmp_path, monkeypatch):
+    workdir, teacher = saved
+    probed = []
+    monkeypatch.setattr(probe, "compare", lambda model, *_: probed.append(model) or {})
+    probe.run(workdir, "knn", "a folder")
+    export.run(workdir, "safetensors", tmp_path / "out")
+    for model in (*probed, skyjax.load(tmp_path / "out")):
+        jax.tree.map(np.testing.assert_array_equal, model.params, teacher)
+    student = first["params"]["encoder"]["fusion"]["projection"]["kernel"]
+    assert not np.array_equal(student, teacher["fusion"]["projection"]["kernel"])
 
 
 def test_the_table_of_geo_prototypes_comes_along(saved, first):

@@ -54,6 +54,30 @@ def test_momentum_follows_the_step_of_the_state(first, step, batch, config):
     assert_allclose(float(metrics["teacher_momentum"]), want, rtol=1e-6)
 
 
+def test_over_many_steps_the_teacher_is_the_float64_loop_over_the_students(first, step, batch, config):
+    """From the middle of the schedule, where it is steepest; one step of them is not finite and moves nothing."""
+    now = copy(first)
+    now["step"] += 12
+    now["teacher"] = jax.tree.map(lambda x: 1.5 * x + 0.1, now["teacher"])  # far from the student, so that it moves
+    teacher = jax.tree.map(np.float64, now["teacher"])
+    start = teacher
+    for number in range(12, 18):
+        if number == 15:
+            extra = now["params"]["encoder"]["fusion"]["extra_token"]
+            now["params"]["encoder"]["fusion"]["extra_token"] = extra * jnp.nan
+            now, _ = step(now, batch)
+            now["params"]["encoder"]["fusion"]["extra_token"] = jnp.zeros_like(extra)
+            continue
+        now, _ = step(now, batch)
+        momentum = 1 - (1 - config.optimizer.teacher_momentum) * (1 + np.cos(np.pi * number / config.steps)) / 2
+        teacher = jax.tree.map(
+            lambda t, s, m=momentum: m * t + (1 - m) * np.float64(s), teacher, jax.device_get(now["params"])
+        )
+    jax.tree.map(lambda got, want: assert_allclose(got, want, atol=1e-6), jax.device_get(now["teacher"]), teacher)
+    moved = jax.tree.map(lambda end, begin: np.abs(end - begin).max(), teacher, start)
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
 def test_metrics_have_every_term_and_their_weighted_sum_is_the_loss(stepped, config):
     _, _, metrics = stepped
     terms = {name.split("/", 1)[1]: value for name, value in metrics.items() if name.startswith("loss/")}
