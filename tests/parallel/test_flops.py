@@ -1,16 +1,16 @@
 """Counted by hand on small parts, exactly the matrix products that JAX traces at paper size, and XLA's own count."""
 
-import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from skyjax.config import load_config
 from skyjax.models import skysense
+from skyjax.objectives.heads import init_heads
+from skyjax.objectives.objective import objective
 from skyjax.parallel import flops
 from skyjax.parallel.flops import Images
 
@@ -93,20 +93,6 @@ def abstract_call(model, images, sites):
     return lambda params, inputs: skysense.apply(model, params, **inputs), (params, inputs)
 
 
-def traced_products(jaxpr):
-    """2 x multiply-adds of every dot_general in a jaxpr; a scan's body as often as it runs."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for inner in jaxprs_in_params(equation.params):
-            total += times * traced_products(inner)
-    return total
-
-
 EVERYTHING = {"optical": Images(1, 512, 512), "multispectral": Images(20, 16, 16), "sar": Images(10, 16, 16)}
 
 
@@ -118,7 +104,7 @@ def test_equals_the_products_that_are_traced(size, images, places):
     overrides = [f"size={size}", *(f"model.modalities.{m}.image_size=16" for m in ("multispectral", "sar"))]
     model = load_config(CONFIG, overrides).model
     function, arguments = abstract_call(model, images, sites=2)
-    traced = traced_products(jax.make_jaxpr(function)(*arguments).jaxpr)
+    traced = flops.products(jax.make_jaxpr(function)(*arguments).jaxpr)
     pooled = 2 * 2 * places * model.fusion.width  # a mean that is written as a product
     assert sum(flops.encoder(model, images, sites=2).values()) == traced - pooled
 
@@ -164,3 +150,69 @@ def test_a_training_sample_is_all_views_of_the_student_and_the_global_ones_of_th
     assert passes["teacher"]["heads/sar"] == passes["student"]["heads/sar"] == flops.heads(config)["heads/sar"]
     total = 3 * sum(passes["student"].values()) + sum(passes["teacher"].values())
     assert flops.model_flops(config) == total
+
+
+def test_products_of_loops_and_of_what_is_computed_again():
+    matrix = jnp.zeros((3, 3))
+
+    def loss(x):
+        layer = jax.checkpoint(lambda x: jnp.sin(x @ matrix))
+        return jax.lax.scan(lambda x, _: (layer(x), None), x, None, length=7)[0].sum()
+
+    once = 2 * 5 * 3 * 3
+    x = jnp.zeros((5, 3))
+    assert flops.products(jax.make_jaxpr(loss)(x).jaxpr) == 7 * once
+    assert flops.products(jax.make_jaxpr(jax.grad(loss))(x).jaxpr) == 7 * 3 * once  # forward, forward again, back
+    with pytest.raises(ValueError, match="while"):
+        flops.products(jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x.sum() < 1, jnp.sin, x))(x).jaxpr)
+
+
+def test_products_of_the_losses_are_what_xla_counts():
+    """Every loop of one round and one block of rows, since XLA counts a loop's body once."""
+    config = load_config(
+        CONFIG,
+        [
+            "size=tiny",
+            "objective.classes=512",
+            "objective.head_hidden=256",
+            "objective.head_bottleneck=128",
+            "objective.sinkhorn_iterations=1",
+            "objective.object.iterations=1",
+            "objective.object.clusters=2",
+        ],
+    )
+    with config.unlocked():
+        for modality in ("optical", "multispectral"):
+            del config.model.modalities[modality]
+    b, v, t, width, fused = 2, 2, 3, config.model.spatial_width, config.model.fusion.width
+    struct = jax.ShapeDtypeStruct
+    output = {
+        "spatial": {"sar": struct((b, v, t, 8, 8, width), jnp.float32)},
+        "spatial_valid": {"sar": struct((b, v, t, 8, 8), bool)},
+        "fused": struct((b, v, 8, 8, fused), jnp.float32),
+        "fused_valid": struct((b, v, 8, 8), bool),
+    }
+    dates = {name: struct((b, v, t), bool) for name in ("valid", "student_valid")}
+    views = {"to_view": struct((b, v, 2, 3), jnp.float32), "sar": {"days": struct((b, v, t), jnp.int32), **dates}}
+    heads = jax.eval_shape(lambda key: init_heads(config.objective, config.model, key), jax.random.key(0))
+
+    def loss(features, heads, teacher_heads, output, teacher, views):
+        student = output | {"spatial": {"sar": features[0]}, "fused": features[1]}
+        return objective(
+            config.objective,
+            {"global": student},
+            {"global": teacher},
+            {"global": views},
+            heads,
+            teacher_heads,
+            index=jnp.arange(b),
+            seed=0,
+            teacher_temperature=0.05,
+        )[0]
+
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).trace(
+        (output["spatial"]["sar"], output["fused"]), heads, heads, output, output, views
+    )
+    counted = traced.lower().compile({"xla_backend_optimization_level": 0}).cost_analysis()["flops"]
+    # XLA makes one of the teacher's scores for balancing and for the targets, and adds work an element.
+    assert 0.95 < counted / flops.products(traced.jaxpr.jaxpr) < 1.05
