@@ -186,10 +186,15 @@ def test_permuted_slots_change_nothing():
     assert_allclose(got, want, rtol=1e-5)
 
 
+@functools.cache
+def optical_alone(kind):
+    return make_run(kind=kind)
+
+
 @pytest.mark.parametrize("kind", ["dino", "infonce"])
 def test_optical_alone_without_local_views(kind):
     config = settings(kind=kind)
-    (loss, terms), gradients = make_run(kind=kind)(
+    (loss, terms), gradients = optical_alone(kind)(
         *scene(("optical",), local=False), *heads_of(config, model_of("optical")), INDEX
     )
     assert np.isfinite(loss)
@@ -226,14 +231,65 @@ def test_a_bad_record_leaves_no_trace_in_levels_and_alignment(result):
             output["fused_valid"][1] = False
     (clean, terms), (gradient, _, by_head, _) = compiled()(student, teacher, views, *heads, INDEX)
     assert all(terms["counts"][k] < result[0][1]["counts"][k] for k in LEVELS)
-    for outputs in (student, teacher):
-        for output in outputs.values():
-            for x in (*output["spatial"].values(), output["fused"]):
-                x[1] = 1e3
-    (spoilt, _), (_, _, by_head_spoilt, _) = compiled()(student, teacher, views, *heads, INDEX)
-    assert_allclose(spoilt, clean, rtol=1e-6)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, atol=1e-6), by_head_spoilt, by_head)
     assert all(np.all(leaf[1] == 0) for leaf in jax.tree.leaves(gradient))
+    for junk in (1e3, np.nan):
+        for outputs in (student, teacher):
+            for output in outputs.values():
+                for x in (*output["spatial"].values(), output["fused"]):
+                    x[1] = junk
+        (spoilt, _), (_, _, by_head_spoilt, _) = compiled()(student, teacher, views, *heads, INDEX)
+        assert_array_equal(spoilt, clean)
+        jax.tree.map(assert_array_equal, by_head_spoilt, by_head)
+
+
+def test_what_stands_in_the_place_of_a_missing_modality_changes_no_bit():
+    """One site without radar, one whose student was not shown any: neither's radar features reach anything."""
+    student, teacher, views = scene()
+    for name, images in views.items():
+        images["sar"]["valid"][1] = images["sar"]["student_valid"][1:3] = False
+        student[name]["spatial_valid"]["sar"][1:3] = False
+    teacher["global"]["spatial_valid"]["sar"][1] = False
+    results = []
+    for junk in (0.0, -1e4, np.nan):
+        for name in views:
+            student[name]["spatial"]["sar"][1:3] = junk
+        teacher["global"]["spatial"]["sar"][1] = junk
+        results.append(compiled()(student, teacher, views, *heads_of(settings()), INDEX))
+    assert results[0][0][1]["counts"]["alignment/optical-sar"] > 0
+    for result in results[1:]:
+        jax.tree.map(assert_array_equal, result, results[0])
+
+
+DEGENERATE = {
+    "identical": lambda features: np.ones_like(features),
+    "zero": np.zeros_like,
+    "one direction": lambda features: features[..., :1] * np.ones_like(features),
+    "enormous": lambda features: 1e15 * features,
+}
+
+
+@pytest.mark.parametrize("measured", ["everything", "one token", "nothing"])
+@pytest.mark.parametrize("tokens", DEGENERATE)
+@pytest.mark.parametrize("kind", ["dino", "infonce"])
+def test_degenerate_tokens_give_finite_losses_and_gradients(kind, tokens, measured):
+    """Whatever a network may come to: through clusters, heads, balancing and spread."""
+    student, teacher, views = scene(("optical",), local=False)
+    for output in (student["global"], teacher["global"]):
+        output["spatial"]["optical"], output["fused"] = (
+            DEGENERATE[tokens](x) for x in (output["spatial"]["optical"], output["fused"])
+        )
+        for valid in (output["spatial_valid"]["optical"], output["fused_valid"]):
+            if measured != "everything":
+                valid[:] = False
+            if measured == "one token":
+                valid[..., 1, 2] = True
+    views["global"]["optical"]["student_valid"][:] = True
+    views["global"]["to_view"][:] = [[1, 0, 0], [0, 1, 0]]
+    heads = heads_of(settings(kind=kind), model_of("optical"))
+    (loss, terms), gradients = optical_alone(kind)(student, teacher, views, *heads, INDEX)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((terms["sums"], gradients)))
+    assert (terms["counts"]["object/optical"] > 0) == (measured != "nothing")
 
 
 def test_a_level_of_weight_zero_has_neither_head_nor_term():
