@@ -39,7 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
                 (r".*/(bias|scale|positions|dates|extra_token|class_token|logit_scale|temperature)", 0.0),
                 (r".*/(kernel|classes)", 1.0),
             ),
-            "teacher_momentum": 0.99,  # EMA, cosine to 1
+            # EMA, cosine to 1. A memory of 100 steps; DINO's 0.996 would remember the start for half of this run.
+            "teacher_momentum": 0.99,
         }
     )
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
@@ -146,19 +147,26 @@ def _objective() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "kind": "infonce",  # or "dino": positives only, which needs longer than minutes (docs/findings.md)
-            "classes": 256,
-            "head_hidden": 128,
-            "head_bottleneck": 64,
-            "student_temperature": 0.1,
-            "teacher_temperature": (0.02, 0.04),  # start, end; cosine
-            "sinkhorn_iterations": 3,
+            "classes": 256,  # kind "dino": 8 for each sample of the batch; DINO has 64, for a wider encoder
+            "head_hidden": 128,  # as wide as the fused features
+            "head_bottleneck": 64,  # half of it; DINO's heads narrow too, from 2048 to 256
+            "student_temperature": 0.1,  # kind "dino", as are the next two: DINO's
+            # Start, end; cosine. Sharper than DINO's 0.04 to 0.07, which is for thousands of classes; not shown to be
+            # better (docs/findings.md).
+            "teacher_temperature": (0.02, 0.04),
+            "sinkhorn_iterations": 3,  # rounds of balancing, also of the clusters: SwAV's and DINOv2's; 0 is none
+            # Levels alike, as in the paper; alignment: one description of the paper has 0.1; spread: a fifth of
+            # DINOv2's 0.1, since InfoNCE's negatives keep features apart too.
             "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.02},
-            "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; negatives from each other sample
-            "chunk": 1024,  # rows of a sample scored at a time; more are recomputed in the backward pass
-            "pixel": {"tokens": 8},  # places scored a sample, view and date
+            # kind "infonce": MoCo v2's temperature; 8 rows of each of the 31 other samples bound the cost of a row.
+            "infonce": {"temperature": 0.2, "negatives": 8},
+            "chunk": 1024,  # rows of a sample scored at a time; more are recomputed in the backward pass. Memory alone
+            "pixel": {"tokens": 8},  # places scored a pair of views and date: half of the 4 x 4 of a view
+            # Clusters: a quarter of the places each; rounds: as of balancing; epsilon, the balancing's: SwAV's.
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
-            "alignment": {"temperature": 0.1},  # where the learned temperature starts
-            "rank_alarm": 2.0,  # warn when the effective rank of the fused features falls below
-            "spread_alarm": 0.005,  # likewise their spread, which is 1 / sqrt(width) where they point everywhere
+            "alignment": {"temperature": 0.1},  # where the learned temperature starts: SimCLR's
+            # Warn when the effective rank of the fused features falls below. 1 is one point; sound runs had 5 to 8.
+            "rank_alarm": 2.0,
+            "spread_alarm": 0.005,  # likewise their spread, which is 1 / sqrt(width) = 0.09 where they point everywhere
         }
     )

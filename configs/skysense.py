@@ -156,17 +156,19 @@ def _objective(size: Size) -> ml_collections.ConfigDict:
             "classes": classes,
             "head_hidden": hidden,  # DINO's, as is the bottleneck
             "head_bottleneck": bottleneck,
-            "student_temperature": 0.1,
-            "teacher_temperature": (0.04, 0.07),
-            "sinkhorn_iterations": 3,
+            "student_temperature": 0.1,  # DINO's, as is the next
+            "teacher_temperature": (0.04, 0.07),  # start, end; cosine
+            "sinkhorn_iterations": 3,  # rounds of balancing, also of the clusters: SwAV's and DINOv2's
+            # Levels alike: paper. Alignment: one description of the paper has 0.1. Spread: DINOv2's weight of KoLeo.
             "weights": {"pixel": 1.0, "object": 1.0, "image": 1.0, "alignment": 0.1, "spread": 0.1},
-            "infonce": {"temperature": 0.2, "negatives": 8},
+            "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; MoCo v2's, 8 rows of each other sample
             "chunk": 256,  # rows of a sample: 32 MiB of scores
-            "pixel": {"tokens": 16},
+            "pixel": {"tokens": 16},  # of 256 places a pair of views and date: 1,280 multispectral rows a sample
+            # The paper leaves these open. Clusters of 32 places where views agree; rounds as of balancing; SwAV's epsilon.
             "object": {"clusters": 8, "iterations": 3, "epsilon": 0.05},
-            "alignment": {"temperature": 0.1},
-            "rank_alarm": 5.0,
-            "spread_alarm": 0.005,
+            "alignment": {"temperature": 0.1},  # where the learned temperature starts: SimCLR's
+            "rank_alarm": 5.0,  # 1 is one point; small sound runs had 5 to 8 (docs/findings.md)
+            "spread_alarm": 0.005,  # 1 / sqrt(1024) = 0.03 where features point everywhere
         }
     )
 
