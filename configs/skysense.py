@@ -164,7 +164,7 @@ def _objective(size: Size) -> ml_collections.ConfigDict:
             "infonce": {"temperature": 0.2, "negatives": 8},  # kind "infonce"; MoCo v2's, 8 rows of each other sample
             "chunk": 256,  # rows of a sample: 32 MiB of scores
             "pixel": {"tokens": 16},  # of 256 places a pair of views and date: 1,280 multispectral rows a sample
-            # The paper leaves these open. Clusters of 32 places where views agree; rounds as of balancing; SwAV's epsilon.
+            # Left open by the paper. Clusters of 32 places where views agree; rounds as of balancing; SwAV's epsilon.
             "object": {"clusters": 8, "iterations": 3, "epsilon": 0.05},
             "alignment": {"temperature": 0.1},  # where the learned temperature starts: SimCLR's
             "rank_alarm": 5.0,  # 1 is one point; small sound runs had 5 to 8 (docs/findings.md)
