@@ -112,7 +112,7 @@ def adapt_modality(
     keys = list(sensor_keys) or _choose_keys(modality, part.sensors, bands)
     _check_keys(modality, keys, bands)
     embedding = params["patch_embed"]
-    first = embedding.get("convolution0", embedding)  # of the convolutional stem
+    first = embedding.get("patches", embedding)  # of the convolutional stem
     kernel, origins = adapt_bands(
         first["kernel"],
         part.bands,
@@ -123,7 +123,7 @@ def adapt_modality(
         keep_size=keep_size,
     )
     first = {**first, "kernel": kernel}
-    embedding = {**embedding, "convolution0": first} if "convolution0" in embedding else first
+    embedding = {**embedding, "patches": first} if "patches" in embedding else first
     config = ml_collections.ConfigDict(part.to_dict())
     config.bands, config.sensors = tuple(bands), tuple(keys)
     used = {origin.source for origin in origins}

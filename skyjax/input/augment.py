@@ -20,14 +20,14 @@ from skyjax.errors import UserError
 # Pixels, of the Gaussian's standard deviation: from nothing to what still leaves a field boundary.
 BLUR = (0.1, 1.5)
 
-_SHARES = ("brightness", "contrast", "saturation", "blur", "solarize")
+_SHARES = ("brightness", "band_gain", "contrast", "saturation", "blur", "solarize")
 _DECIBELS = ("speckle", "gain")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses strengths and probabilities out of range with a UserError; see the config's `data.augment`."""
     for key in _SHARES:
-        if not 0 <= config[key] <= 1:
+        if not 0 <= config.get(key, 0.0) <= 1:
             raise UserError(f"config: data.augment.{key} is {config[key]}; set it between 0 (off) and 1")
     for key in _DECIBELS:
         if config[key] < 0:
@@ -72,6 +72,10 @@ def _optical(
     brightness, contrast, saturation, blur, sigma, solarize = jax.random.uniform(key, (6,))
     if config.brightness:
         values = _factor(brightness, config.brightness) * (values + zero) - zero
+    if strength := config.get("band_gain"):
+        # Haze and calibration: without it two views are told to belong together by their exact hue.
+        gain = _factor(jax.random.uniform(jax.random.fold_in(key, 1), zero.shape), strength)
+        values = gain * (values + zero) - zero
     if config.contrast:
         centre = _mean(values, mask, axis=(1, 2, 3))
         values = centre + _factor(contrast, config.contrast) * (values - centre)
@@ -98,8 +102,8 @@ def _sar(
     return values
 
 
-def _factor(draw: Float[Array, ""], strength: float) -> Float[Array, ""]:
-    """A draw from [0, 1) as a factor from 1 - strength to 1 + strength."""
+def _factor(draw: Float[Array, "*c"], strength: float) -> Float[Array, "*c"]:
+    """Draws from [0, 1) as factors from 1 - strength to 1 + strength."""
     return 1 + strength * (2 * draw - 1)
 
 

@@ -292,6 +292,7 @@ def _vit(name: str, part: Any, spatial_width: int, compute: Compute, rngs: nnx.R
         heads=part.heads,
         compute=compute,
         rngs=rngs,
+        stem=part.get("stem", "patch"),
     )
 
 

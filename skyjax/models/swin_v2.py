@@ -30,7 +30,7 @@ from skyjax.models.layers import (
     stack,
     take_layers,
 )
-from skyjax.models.stem import ConvStem
+from skyjax.models.stem import make_stem
 
 EPSILON = 1e-5
 BIAS_HIDDEN = 512  # width of the position-bias MLP
@@ -38,9 +38,6 @@ MAX_LOGIT_SCALE = math.log(100.0)
 # Added to a score across the seam of a shifted window. At logit scales near 100 such a place can still be the nearest,
 # and released weights have learned with it.
 SEAM = -100.0
-
-
-STEMS = {"patch": PatchEmbed, "conv": ConvStem}
 
 
 class SwinV2(nnx.Module):
@@ -66,9 +63,7 @@ class SwinV2(nnx.Module):
             raise ValueError(f"depths {tuple(depths)} and heads {tuple(heads)} name different numbers of stages")
         if any(length < 1 for length in depths):
             raise ValueError(f"depths {tuple(depths)}: a stage has one block or more")
-        if stem not in STEMS:
-            raise ValueError(f'stem "{stem}" is not known; it is one of {", ".join(STEMS)}')
-        self.patch_embed = STEMS[stem](patch_size, channels, width, compute.dtype, rngs)
+        self.patch_embed = make_stem(stem, patch_size, channels, width, compute.dtype, rngs)
         self.patch_norm = LayerNorm(width, EPSILON, rngs)
         for i, length in enumerate(depths):
             sizes = width * 2**i, length, heads[i], window, extra_norm_every

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from skyjax.models.layers import Compute, PatchEmbed, TransformerLayer, run_transformer, stack, token
+from skyjax.models.layers import Compute, TransformerLayer, run_transformer, stack, token
 from skyjax.models.resize import resize_positions
+from skyjax.models.stem import make_stem
 
 EPSILON = 1e-6
 
@@ -29,10 +30,11 @@ class ViT(nnx.Module):
         heads: int,
         compute: Compute,
         rngs: nnx.Rngs,
+        stem: str = "patch",
     ):
         if image_size % patch_size:
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-        self.patch_embed = PatchEmbed(patch_size, channels, width, compute.dtype, rngs)
+        self.patch_embed = make_stem(stem, patch_size, channels, width, compute.dtype, rngs)
         self.class_token = token((width,), rngs)
         self.positions = token((1 + (image_size // patch_size) ** 2, width), rngs)
         self.layers = stack(lambda r: TransformerLayer(width, heads, EPSILON, compute.dtype, r), depth, rngs)

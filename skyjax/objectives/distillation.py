@@ -58,13 +58,15 @@ def distil(
       rows: of one level of one modality.
       student_head: parameters of that level's head.
       teacher_head: the teacher's; no gradient reaches them.
-      config: `objective`; reads `kind`, `student_temperature`, `sinkhorn_iterations`, `infonce` and `chunk`.
+      config: `objective`; reads `kind`, `head_norm` ("none" or "batch", see `heads.project`), `student_temperature`,
+        `sinkhorn_iterations`, `infonce` and `chunk`.
       teacher_temperature: of the teacher's scores.
       keys: one a sample, for the negatives of InfoNCE.
     """
     valid = rows.weight > _LEAST_WEIGHT
-    student = heads.project(student_head, jnp.where(valid[..., None], rows.student, 0))
-    teacher = jax.lax.stop_gradient(heads.project(teacher_head, jnp.where(valid[..., None], rows.teacher, 0)))
+    normed = valid if config.get("head_norm", "none") == "batch" else None
+    student = heads.project(student_head, jnp.where(valid[..., None], rows.student, 0), normed)
+    teacher = jax.lax.stop_gradient(heads.project(teacher_head, jnp.where(valid[..., None], rows.teacher, 0), normed))
     weight = jnp.where(valid, rows.weight, 0)
     if config.kind == "dino":
         loss = _dino(teacher, valid, student_head, jax.lax.stop_gradient(teacher_head), teacher_temperature, config)

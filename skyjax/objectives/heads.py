@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from skyjax.sample import MODALITIES
 
@@ -20,6 +20,8 @@ Params = dict[str, Any]
 
 LEVELS = ("pixel", "object", "image")
 STREAMS = (*MODALITIES, "fused")
+KINDS = ("dino", "infonce")
+NORMS = ("none", "batch")
 # CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
 SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 1.0
 
@@ -31,7 +33,14 @@ def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDi
       config: the experiment's `objective`.
       model: the experiment's `model`: its modalities, `spatial_width` and `fusion.width` (or None).
       key: a name's parameters depend on the key and the name alone, not on which other modalities are there.
+
+    Raises:
+      ValueError: `kind` or `head_norm` is not known.
     """
+    if config.kind not in KINDS:
+        raise ValueError(f'objective.kind is "{config.kind}"; it is one of {", ".join(KINDS)}')
+    if config.get("head_norm", "none") not in NORMS:
+        raise ValueError(f'objective.head_norm is "{config.head_norm}"; it is one of {", ".join(NORMS)}')
     modalities = modalities_of(model)
     fused = model.spatial_width if model.fusion is None else model.fusion.width
     widths = {**dict.fromkeys(modalities, model.spatial_width), "fused": fused}
@@ -42,6 +51,7 @@ def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDi
             if config.weights[level]
         }
         for stream, width in widths.items()
+        if stream in streams_of(model)
     }
     if config.weights.alignment and len(modalities) > 1:
         keys = dict(zip(MODALITIES, jax.random.split(jax.random.fold_in(key, 1000), len(MODALITIES)), strict=True))
@@ -58,10 +68,36 @@ def modalities_of(names: Any) -> list[str]:
     return [m for m in MODALITIES if m in names]
 
 
-def project(head: Params, features: Float[Array, "*n c"]) -> Float[Array, "*n d"]:
-    """Unit vectors of the head's bottleneck, in float32."""
-    hidden = jax.nn.gelu(_dense(head["hidden"], features.astype(jnp.float32)))
+def streams_of(model: ml_collections.ConfigDict) -> list[str]:
+    """What the levels compare: each modality, and the fused features where they are more than the only modality's."""
+    alone = model.fusion is None and not model.get("prototypes")
+    return modalities_of(model) + ([] if alone else ["fused"])
+
+
+def project(
+    head: Params, features: Float[Array, "*n c"], valid: Bool[Array, "*n"] | None = None
+) -> Float[Array, "*n d"]:
+    """Unit vectors of the head's bottleneck, in float32.
+
+    Args:
+      head: one level's.
+      features: of that level.
+      valid: rows whose mean and variance, a feature at a time, norm the head's input and its hidden features (batch
+        norm without scale and shift; Ioffe and Szegedy 2015). Over the global batch, and without running statistics:
+        a head is dropped after training. None: no norm.
+    """
+    normed = (lambda x: x) if valid is None else (lambda x: batch_norm(x, valid))
+    hidden = jax.nn.gelu(normed(_dense(head["hidden"], normed(features.astype(jnp.float32)))))
     return unit(_dense(head["bottleneck"], hidden))
+
+
+def batch_norm(x: Float[Array, "*n c"], valid: Bool[Array, "*n"]) -> Float[Array, "*n c"]:
+    """Each feature with mean 0 and variance 1 over the valid rows; the others move with them and count for nothing."""
+    rows, weight = x.reshape(-1, x.shape[-1]), valid.reshape(-1, 1).astype(x.dtype)
+    count = jnp.maximum(weight.sum(), 1)
+    rows = rows - jnp.sum(weight * rows, axis=0) / count
+    variance = jnp.sum(weight * jnp.square(rows), axis=0) / count
+    return (rows * jax.lax.rsqrt(variance + 1e-5)).reshape(x.shape)
 
 
 def class_scores(head: Params, projected: Float[Array, "*n d"]) -> Float[Array, "*n k"]:

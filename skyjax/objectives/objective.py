@@ -6,6 +6,7 @@ all micro-batches in hand, the gradients of the micro-batches add up to the big 
 sample. Terms that compare samples (balancing, InfoNCE, alignment, spread) see one micro-batch.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ def objective(
     seed: int,
     teacher_temperature: Float[Array, ""] | float,
     counts: dict[str, Float[Array, ""]] | None = None,
+    streams: Sequence[str] | None = None,
 ) -> tuple[Float[Array, ""], Terms]:
     """The loss and its terms.
 
@@ -49,6 +51,7 @@ def objective(
       seed: of the run.
       teacher_temperature: `teacher_temperature(config, step, steps)`.
       counts: what to divide the sums by, in place of this batch's own counts.
+      streams: what is compared (`heads.streams_of`); None: every modality of the outputs, and "fused".
 
     Returns:
       The loss, and {"sums": .., "counts": .., "metrics": ..}. Names of terms: "pixel/optical", "object/fused",
@@ -67,7 +70,7 @@ def objective(
             [_maps(student[name], views[name], stream, student=True) for name in sets],
             _maps(teacher["global"], views["global"], stream, student=False),
         )
-        for stream in (*modalities, "fused")
+        for stream in (streams or (*modalities, "fused"))
     }
     # One draw serves all streams: a generator for each would take longer to compile than what it draws for.
     draws = max(multigranularity.num_draws(*pair) for pair in maps.values())

@@ -92,7 +92,7 @@ def vit(part: Any, size: Images, maps: int) -> tuple[int, tuple[int, int]]:
     """FLOPs of a ViT on `maps` images, and the rows and columns of its patches."""
     rows, columns = -(-size.rows // part.patch_size), -(-size.columns // part.patch_size)
     tokens = 1 + rows * columns
-    embedding = multiply(maps * rows * columns, part.patch_size**2 * len(part.bands), part.width)
+    embedding = _stem(part, maps * rows * columns)
     return embedding + part.depth * maps * layer(part.width, tokens), (rows, columns)
 
 
@@ -122,7 +122,9 @@ def heads(config: ml_collections.ConfigDict) -> dict[str, int]:
     Student and teacher score the same rows, so the count is the same for both.
     """
     objective, model = config.objective, config.model
-    streams = [m for m in MODALITIES if m in model.modalities] + ["fused"]
+    streams = [m for m in MODALITIES if m in model.modalities]
+    if model.fusion is not None or model.get("prototypes"):
+        streams.append("fused")
     fused = model.fusion.width if model.fusion is not None else model.spatial_width
     counts = {}
     for stream in streams:
@@ -205,14 +207,18 @@ def multiply(rows: int, inner: int, columns: int) -> int:
 
 
 def _stem(part: Any, tokens: int) -> int:
-    """The patch embedding, or the convolutions of 3 x 3 and stride 2 with a projection after."""
+    """The patch embedding, or the patches and residual stages of models/stem.py."""
     channels = len(part.bands)
     if part.get("stem", "patch") == "patch":
         return multiply(tokens, part.patch_size**2 * channels, part.width)
-    steps = part.patch_size.bit_length() - 1
-    widths = [channels, *(max(part.width // 2 ** (steps - 1 - i), 1) for i in range(steps))]
-    convolutions = sum(multiply(tokens * 4 ** (steps - 1 - i), 9 * widths[i], widths[i + 1]) for i in range(steps))
-    return convolutions + multiply(tokens, part.width, part.width)
+    first = min(4, part.patch_size // 2)
+    places, outputs = tokens * (part.patch_size // first) ** 2, part.width * first // part.patch_size
+    total = multiply(places, first**2 * channels, outputs)
+    while outputs < part.width:
+        places, inputs, outputs = places // 4, outputs, 2 * outputs
+        # 3 x 3 and the shortcut's 2 x 2 from one width to the next, then 3 x 3.
+        total += multiply(places, (9 + 4) * inputs, outputs) + multiply(places, 9 * outputs, outputs)
+    return total
 
 
 def _paired_maps(config: ml_collections.ConfigDict, stream: str) -> tuple[list[int], list[int]]:

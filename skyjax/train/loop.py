@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 
 from skyjax import __version__
 from skyjax.config import to_json
+from skyjax.errors import UserError
 from skyjax.input.loader import Loader, device_batches
 from skyjax.models.parameters import parts, show, table
 from skyjax.parallel import flops
@@ -164,11 +165,25 @@ def jit_step(
 def statistics_table(model: ml_collections.ConfigDict) -> dict[str, dict[str, Any]]:
     """What images are normalised by, as it travels in checkpoints: modality -> sensors, bands, mean and std.
 
-    `mean` and `std` are (sensors, bands) lists in the sensors' units; a band that a sensor lacks has 0 and 1.
+    `mean` and `std` are (sensors, bands) lists in the sensors' units; a band that a sensor lacks has 0 and 1. A sensor
+    under a modality's `statistics` has those of the config, the others have those of sensors.toml.
+
+    Raises:
+      UserError: `statistics` names a sensor that the modality has not, or has not one number a band.
     """
     tables = {}
     for modality, part in model.modalities.items():
         mean, std = statistics(part.sensors, part.bands)
+        for sensor, measured in (part.get("statistics") or {}).items():
+            where = f"config: model.modalities.{modality}.statistics.{sensor}"
+            if sensor not in part.sensors:
+                raise UserError(f"{where}: the modality's sensors are {', '.join(part.sensors)}; name one of them")
+            for name, rows in (("mean", mean), ("std", std)):
+                if len(measured[name]) != len(part.bands):
+                    raise UserError(f"{where}.{name} has {len(measured[name])} numbers for {len(part.bands)} bands")
+                rows[part.sensors.index(sensor)] = measured[name]
+            if min(measured["std"]) <= 0:
+                raise UserError(f"{where}.std has a number of 0 or less; measure it with `skyjax data stats`")
         tables[modality] = {
             "sensors": list(part.sensors),
             "bands": list(part.bands),

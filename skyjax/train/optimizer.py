@@ -30,8 +30,13 @@ def learning_rate(config: ml_collections.ConfigDict, step: Int[Array, ""] | int)
 
 
 def teacher_momentum(config: ml_collections.ConfigDict, step: Int[Array, ""] | int) -> Float[Array, ""]:
-    """Share of the old teacher in the new one: cosine from `optimizer.teacher_momentum` to 1 (BYOL, section 3.3)."""
-    return cosine(config.optimizer.teacher_momentum, 1.0, step, config.steps)
+    """Share of the old teacher in the new one: cosine from `optimizer.teacher_momentum` to `final_teacher_momentum`.
+
+    BYOL, section 3.3, ends at 1, the default here too. In a short run that leaves the teacher far behind.
+    """
+    return cosine(
+        config.optimizer.teacher_momentum, config.optimizer.get("final_teacher_momentum", 1.0), step, config.steps
+    )
 
 
 def cosine(start: float, end: float, step: Int[Array, ""] | int, steps: int) -> Float[Array, ""]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from skyjax.input.device import prepare
 from skyjax.models import prototypes, skysense
+from skyjax.objectives import heads
 from skyjax.objectives.objective import Terms, objective, teacher_temperature
 from skyjax.sample import MODALITIES, Batch
 from skyjax.train.optimizer import descend, learning_rate, make_optimizer, teacher_momentum
@@ -180,6 +181,7 @@ def compare(
         seed=config.seed,
         teacher_temperature=teacher_temperature(config.objective, step, config.steps),
         counts=counts,
+        streams=heads.streams_of(config.model),
     )
     if table is None or config.model.prototypes.frozen:
         return loss, terms

@@ -323,7 +323,7 @@ class ViT(nn.Module):
     def __init__(self, part, last_rate):
         super().__init__()
         width, depth = part["width"], part["depth"]
-        self.patch_embed = PatchEmbed(len(part["bands"]), width, part["patch_size"])
+        self.patch_embed = make_stem(part)
         self.class_token = token(width)
         self.side = part["image_size"] // part["patch_size"]
         self.positions = token(1 + self.side**2, width)  # the class token's first
@@ -366,8 +366,7 @@ class SwinV2(nn.Module):
     def __init__(self, part, last_rate):
         super().__init__()
         width, depths = part["width"], part["depths"]
-        stem = ConvStem if part.get("stem", "patch") == "conv" else PatchEmbed
-        self.patch_embed = stem(len(part["bands"]), width, part["patch_size"])
+        self.patch_embed = make_stem(part)
         self.patch_norm = nn.LayerNorm(width)
         every = rates(last_rate, sum(depths))
         for i, depth in enumerate(depths):
@@ -384,25 +383,46 @@ class SwinV2(nn.Module):
         return self.norm(x)
 
 
+def make_stem(part):
+    """The patch embedding, or the convolutional stem in its place."""
+    stem = ConvStem if part.get("stem", "patch") == "conv" else PatchEmbed
+    return stem(len(part["bands"]), part["width"], part["patch_size"])
+
+
 class ConvStem(nn.Module):
-    """Convolutions of stride 2 in the place of the patch embedding."""
+    """Patches of 4 x 4 pixels or fewer, then residual stages of half the rows and columns and twice the width."""
 
     def __init__(self, channels, width, patch_size):
         super().__init__()
-        self.steps = patch_size.bit_length() - 1
-        widths = [channels, *(max(width >> (self.steps - 1 - i), 1) for i in range(self.steps))]
-        for i in range(self.steps):
-            convolution = PatchEmbed(widths[i], widths[i + 1], size=3, stride=2, padding=1)
-            self.add_module(f"convolution{i}", convolution)
-        self.projection = nn.Linear(width, width)
+        first = min(4, patch_size // 2)
+        self.stages = (patch_size // first).bit_length() - 1
+        self.patches = PatchEmbed(channels, width >> self.stages, first)
+        for i in range(self.stages):
+            narrow = width >> (self.stages - i)
+            self.add_module(f"stage{i}", ResidualStage(narrow, 2 * narrow))
         self.patch_size = patch_size
 
     def forward(self, x, bands):
         """As `PatchEmbed`."""
         x = F.pad(x, (0, 0, 0, -x.shape[2] % self.patch_size, 0, -x.shape[1] % self.patch_size))
-        for i in range(self.steps):
-            x = F.gelu(getattr(self, f"convolution{i}")(x, bands if i == 0 else None))
-        return self.projection(x)
+        x = F.gelu(self.patches(x, bands))
+        for i in range(self.stages):
+            x = getattr(self, f"stage{i}")(x)
+        return x
+
+
+class ResidualStage(nn.Module):
+    """GELU of the sum of two branches: 3 x 3 of stride 2, GELU, 3 x 3; and a projection of each 2 x 2 block."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.convolution0 = PatchEmbed(inputs, outputs, size=3, stride=2, padding=1)
+        self.convolution1 = PatchEmbed(outputs, outputs, size=3, stride=1, padding=1)
+        self.shortcut = PatchEmbed(inputs, outputs, 2)
+
+    def forward(self, x):
+        """(n, h, w, d) -> (n, h / 2, w / 2, 2 d)."""
+        return F.gelu(self.shortcut(x) + self.convolution1(F.gelu(self.convolution0(x))))
 
 
 class Stage(nn.Module):
