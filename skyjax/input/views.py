@@ -25,6 +25,8 @@ from skyjax.sample import Sequence as Stored
 from skyjax.sensors import get_sensor
 
 GLOBAL_VIEWS = 2
+# Sets the draw of dates that samples share apart from what is drawn for the sample of that number.
+_DATES = 0xDA7E5
 # What agrees with a whole number of pixels but for the rounding of float32 metres.
 _ROUNDING = 1e-4
 
@@ -57,13 +59,18 @@ class Views:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that cutting views needs of a config; see `plan_views`."""
+    """All that cutting views needs of a config; see `plan_views`.
+
+    `same_dates` samples in a row of the global order draw their dates alike, so that crops of one site have the same
+    dates. Where each crop has its own, which dates they are tells it from all others, and nothing else need be learned.
+    """
 
     modalities: Mapping[str, Modality]
     groups: Mapping[str, Views]
     date_jitter: int
     drop_date: float
     drop_modality: float
+    same_dates: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +141,10 @@ def plan_views(data: ml_collections.ConfigDict, model: ml_collections.ConfigDict
     for key in ("drop_date", "drop_modality"):
         if not 0 <= augment[key] <= 1:
             raise UserError(f"config: data.augment.{key} is {augment[key]}; a probability lies between 0 and 1")
-    return Plan(modalities, groups, int(augment.date_jitter), augment.drop_date, augment.drop_modality)
+    same_dates = data.get("same_dates", 1)
+    if not isinstance(same_dates, int) or same_dates < 1:
+        raise UserError(f"config: data.same_dates is {same_dates}; set it to 1 or more samples")
+    return Plan(modalities, groups, int(augment.date_jitter), augment.drop_date, augment.drop_modality, same_dates)
 
 
 def _check_bands(name: str, modality: Modality) -> None:
@@ -199,8 +209,9 @@ def make_views(sample: Sample, plan: Plan, seed: int, index: int) -> dict[str, A
         _check(sample, m, sequence, plan.modalities[m])
     ground = shared_ground(sample, present)
     crops = _draw_crops(rng, plan, present, ground)
+    of_dates = rng if plan.same_dates == 1 else np.random.default_rng((seed, index // plan.same_dates, _DATES))
     dates = {
-        m: np.sort(rng.permutation(np.flatnonzero(sequence.valid))[: plan.groups["global"].dates[m]])
+        m: np.sort(of_dates.permutation(np.flatnonzero(sequence.valid))[: plan.groups["global"].dates[m]])
         for m, sequence in present.items()
     }
     views: dict[str, Any] = {

@@ -378,3 +378,23 @@ def test_a_config_that_makes_no_sense_is_refused(change, message):
 
 def test_no_local_views_leaves_the_group_out():
     assert "local" not in make_views(site(), plan(data__local_views__count=0), 0, 0)
+
+
+def test_samples_that_share_their_dates_draw_them_alike():
+    """Positions 0 to 3 draw one set of dates, 4 to 7 another; crops stay each sample's own."""
+    sample = site()
+
+    def drawn(index, **changes):
+        views = make_views(sample, plan(data__same_dates=4, **changes), 7, index)["global"]
+        return views["multispectral"]["days"][0].tolist(), views["sar"]["days"][0].tolist()
+
+    days = [drawn(index) for index in range(24)]
+    for first in range(0, 24, 4):
+        assert all(each == days[first] for each in days[first : first + 4])
+    assert len({str(each) for each in days}) > 3
+    crops = [make_views(sample, plan(data__same_dates=4), 7, index)["global"]["to_view"] for index in range(2)]
+    assert np.abs(crops[0] - crops[1]).max() > 0.01
+    alone = [make_views(sample, plan(), 7, index)["global"]["multispectral"]["days"][0].tolist() for index in range(4)]
+    assert len({str(each) for each in alone}) > 1
+    with pytest.raises(UserError, match=r"data\.same_dates is 0"):
+        plan(data__same_dates=0)
