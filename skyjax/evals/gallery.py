@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as ListOf
 from html import escape
+from typing import Any
+
+import numpy as np
 
 from skyjax.evals import pictures
 from skyjax.sample import MODALITIES, Sample, Sequence
@@ -45,6 +48,30 @@ def feature_sheet(groups: Iterable[pictures.FeaturePictures]) -> str:
         parts += [_site(site) for site in group.sites]
         parts.append("</div>")
     return "".join(parts)
+
+
+def label_sheet(result: Mapping[str, Any]) -> str:
+    """The label maps of a segmentation probe beside what was said of each pixel when its block was tested."""
+    classes = list(result.get("classes") or ())
+    maps = result.get("maps") or ()
+    if not maps:
+        return ""
+    colours = pictures.class_colours(len(classes))
+    key = "".join(
+        f'<span><i class="key" style="background:rgb({r} {g} {b})"></i>{escape(str(name))}</span>'
+        for name, (r, g, b) in zip(classes, colours.tolist(), strict=True)
+    )
+    parts = [f'<div class="legend">{key}</div><div class="pairs">']
+    for each in maps:
+        images = "".join(
+            _picture(pictures.fit(pictures.label_picture(np.array(each[name]), colours), 164), caption)
+            for name, caption in (("truth", "label"), ("said", "said"))
+        )
+        parts.append(
+            f'<div class="site"><div class="pair-name">{escape(str(each["site"]))}</div>'
+            f'<div class="pair">{images}</div></div>'
+        )
+    return "".join([*parts, "</div>"])
 
 
 def _site(site: pictures.SitePicture) -> str:

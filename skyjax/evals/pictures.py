@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as ListOf
 from typing import Any
 
+import matplotlib
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from skyjax.errors import UserError
 from skyjax.input import contact_sheet, records
@@ -182,6 +183,20 @@ def _limits(sequence: Sequence) -> np.ndarray:
     dates = dates[np.unique(np.linspace(0, len(dates) - 1, min(len(dates), 24)).astype(int))]
     low, high = np.moveaxis(np.stack([contact_sheet.stretch(sequence, date) for date in dates.tolist()]), -1, 0)
     return np.stack([np.median(low, 0), np.percentile(high, 75, 0)], -1)
+
+
+def class_colours(count: int) -> UInt8[np.ndarray, "k 3"]:
+    """A colour a class; twenty differ."""
+    table = np.array(matplotlib.colormaps["tab20"].colors)
+    # The table has pairs of one hue: first every hue, then their pale twins.
+    order = np.concatenate([np.arange(0, 20, 2), np.arange(1, 20, 2)])
+    return np.rint(255 * table[order[np.arange(count) % 20]]).astype(np.uint8)
+
+
+def label_picture(chart: Int[np.ndarray, "h w"], colours: UInt8[np.ndarray, "k 3"]) -> Image:
+    """A map of class numbers in their colours; grey where there is no label."""
+    grey = np.full((1, 3), 225, np.uint8)
+    return np.concatenate([colours, grey])[np.where(chart < 0, len(colours), chart)]
 
 
 def fit(image: np.ndarray, side: int, *, grid: bool = False) -> np.ndarray:

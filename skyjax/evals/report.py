@@ -279,10 +279,11 @@ def _probes(run: Run) -> str:
         " touches the dashed line or lies left of it: training added nothing that the baseline doesn't know.</p>"
     ]
     for result in run.probes:
-        dataset, task = scores.dataset_name(str(result.get("dataset", ""))), str(result.get("task", ""))
-        parts.append(f'<h3>{escape(dataset)} <span class="quiet">{escape(task)}</span></h3>{scores.details(result)}')
-        together = [other for other in run.probes if other.get("dataset") == result.get("dataset")]
-        parts.append(scores.probe_table(result, together) + scores.class_table(result))
+        task = str(result.get("task", ""))
+        parts.append(f'<h3>{escape(scores.title(result))} <span class="quiet">{escape(task)}</span></h3>')
+        together = [other for other in run.probes if scores.title(other) == scores.title(result)]
+        parts.append(scores.details(result) + scores.probe_table(result, together))
+        parts.append(gallery.label_sheet(result) + scores.class_table(result))
     return "".join(parts)
 
 

@@ -71,10 +71,10 @@ def rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def best_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Row | None, Row | None]]:
-    """Dataset -> the run's best row and the best baseline, over all tasks and methods on it."""
+    """What was probed -> the run's best row and the best baseline, over all tasks and methods on it."""
     by_dataset: dict[str, list[Row]] = {}
     for result in results:
-        by_dataset.setdefault(str(result.get("dataset", "the probe set")), []).extend(rows(result))
+        by_dataset.setdefault(title(result), []).extend(rows(result))
     return {
         dataset: (
             max((row for row in every if not row.baseline), key=lambda row: row.value, default=None),
@@ -163,16 +163,17 @@ def details(result: Mapping[str, Any]) -> str:
     return f'<p class="details">{escape("; ".join(words))}{notes}</p>' if words or notes else ""
 
 
-def dataset_name(path: str) -> str:
-    """The last part of a data set's path, which is what a reader calls it."""
-    return pathlib.PurePath(path).name or path
+def title(result: Mapping[str, Any]) -> str:
+    """What a reader calls the thing probed: the last part of the data set's path, and the label where one is named."""
+    path = str(result.get("dataset", "the probe set"))
+    label = result.get("label")
+    return (pathlib.PurePath(path).name or path) + (f", {label}" if label else "")
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """A sentence for each dataset: the best row beside the best baseline, and what their intervals allow to say."""
     sentences = []
-    for path, (ours, theirs) in best_rows(results).items():
-        dataset = dataset_name(path)
+    for dataset, (ours, theirs) in best_rows(results).items():
         if ours and theirs:
             sentences.append(
                 f"On {dataset} its best probe ({ours.method}) reaches {_with_interval(ours)}, {verdict(ours, theirs)}"

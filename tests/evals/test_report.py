@@ -8,7 +8,7 @@ import pytest
 
 from skyjax.config import to_json
 from skyjax.errors import UserError
-from skyjax.evals import curves, probe, report, scores
+from skyjax.evals import curves, gallery, pictures, probe, report, scores
 from skyjax.evals.report import write_report
 from skyjax.input import records
 from skyjax.sample import Sample
@@ -358,3 +358,31 @@ def test_a_probe_replaces_an_earlier_one_of_its_kind_and_no_other(tmp_path):
     assert [probe["rows"][0]["accuracy"] for probe in scores.read_probes(path)] == [0.2, 0.3, 0.4]
     with pytest.raises(UserError, match="none"):
         scores.keep_probe(tmp_path / scores.PROBES / "none" / scores.PROBES, result("knn", "fused", 0.1))
+
+
+def test_label_maps_stand_beside_what_was_said():
+    maps = [{"site": "a field & more", "truth": [[0, -1], [1, 1]], "said": [[1, -1], [1, 1]]}]
+    page = gallery.label_sheet({"classes": ["wheat", "<maize>"], "maps": maps})
+    assert page.count("<img") == 2
+    assert "a field &amp; more" in page
+    assert "&lt;maize&gt;" in page
+    assert gallery.label_sheet({"classes": ["wheat"], "maps": []}) == ""
+
+
+def test_a_label_picture_has_one_colour_a_class():
+    colours = pictures.class_colours(3)
+    assert len({tuple(colour) for colour in colours.tolist()}) == 3
+    image = pictures.label_picture(np.array([[2, -1], [0, 2]]), colours)
+    assert (image[0, 0] == colours[2]).all()
+    assert (image[1, 1] == colours[2]).all()
+    assert tuple(image[0, 1]) not in {tuple(colour) for colour in colours.tolist()}
+
+
+def test_two_labels_of_one_data_set_are_kept_and_told_apart(tmp_path):
+    rows = [{"features": scores.PRETRAINED, "method": "pixel accuracy", "accuracy": 0.5, "low": 0.4, "high": 0.6}]
+    for label in ("crop_type", "land_cover", "crop_type"):
+        result = {"task": "segmentation", "dataset": "runs/sites", "label": label, "rows": rows}
+        scores.keep_probe(tmp_path / "probe.json", result)
+    kept = scores.read_probes(tmp_path / "probe.json")
+    assert [scores.title(result) for result in kept] == ["sites, land_cover", "sites, crop_type"]
+    assert set(scores.best_rows(kept)) == {"sites, land_cover", "sites, crop_type"}
