@@ -21,15 +21,19 @@ DEVICES = {1: {"data": 1, "fsdp": 1}, 2: {"data": 2, "fsdp": 1}, 8: {"data": 2, 
 B, R, C, K = 16, 3, 6, 5
 EPSILON, ITERATIONS, SHARPNESS = 0.3, 40, 0.06
 MODALITIES = ("optical", "sar")
+# Name of a term -> kind of the loss and norm of its heads.
+LEVELS = {"dino": ("dino", "none"), "infonce": ("infonce", "none"), "normed": ("infonce", "batch")}
 MODEL = ml_collections.ConfigDict(
     {"modalities": {m: {} for m in MODALITIES}, "spatial_width": C, "fusion": {"width": C}}
 )
 
 
-def settings(kind: str) -> ml_collections.ConfigDict:
+def settings(term: str) -> ml_collections.ConfigDict:
+    kind, norm = LEVELS[term]
     return ml_collections.ConfigDict(
         {
             "kind": kind,
+            "head_norm": norm,
             "classes": K,
             "head_hidden": 8,
             "head_bottleneck": 4,
@@ -65,23 +69,23 @@ def inputs() -> dict[str, np.ndarray]:
     return {name: x if x.dtype == bool else np.float32(x) for name, x in arrays.items()}
 
 
-def make_heads(kind: str, seed: int) -> heads.Params:
-    return heads.init_heads(settings(kind), MODEL, jax.random.key(seed))
+def make_heads(term: str, seed: int) -> heads.Params:
+    return heads.init_heads(settings(term), MODEL, jax.random.key(seed))
 
 
 def terms(arrays: dict[str, jax.Array], student_heads: Any, teacher_heads: Any) -> dict[str, jax.Array]:
     """The sum of each term."""
     rows = distillation.Rows(arrays["student"], arrays["teacher"], arrays["weight"], jnp.float32(1))
     found = {
-        kind: distillation.distil(
+        term: distillation.distil(
             rows,
-            student_heads[kind]["fused"]["image"],
-            teacher_heads[kind]["fused"]["image"],
-            config=settings(kind),
+            student_heads[term]["fused"]["image"],
+            teacher_heads[term]["fused"]["image"],
+            config=settings(term),
             teacher_temperature=SHARPNESS,
             keys=jax.random.split(jax.random.key(3), B),
         )
-        for kind in ("dino", "infonce")
+        for term in LEVELS
     }
     features, present = ({m: arrays[x][:, None, i] for i, m in enumerate(MODALITIES)} for x in ("pooled", "there"))
     (found["alignment"],) = alignment.align(features, present, student_heads["dino"]["alignment"])[0].values()
@@ -109,8 +113,7 @@ def main(out: pathlib.Path) -> None:
         arrays = jax.device_put(inputs(), batch_sharding(mesh))
         assert len(arrays["student"].sharding.device_set) == count
         parameters = [
-            jax.device_put({kind: make_heads(kind, seed) for kind in ("dino", "infonce")}, replicated(mesh))
-            for seed in (0, 1)
+            jax.device_put({term: make_heads(term, seed) for term in LEVELS}, replicated(mesh)) for seed in (0, 1)
         ]
         with jax.set_mesh(mesh):
             results = jax.jit(everything)(arrays, *parameters)

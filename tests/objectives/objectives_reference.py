@@ -14,8 +14,13 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def project(head: dict[str, Any], x: np.ndarray) -> np.ndarray:
-    hidden = gelu(x @ np.float64(head["hidden"]["kernel"]) + np.float64(head["hidden"]["bias"]))
+def project(head: dict[str, Any], x: np.ndarray, normed: np.ndarray | None = None) -> np.ndarray:
+    """Unit vectors; with `normed`, a mask of rows, each feature is normed by these before both layers."""
+
+    def norm(y: np.ndarray) -> np.ndarray:
+        return y if normed is None else (y - y[normed].mean(0)) / np.sqrt(y[normed].var(0) + 1e-5)
+
+    hidden = gelu(norm(norm(x) @ np.float64(head["hidden"]["kernel"]) + np.float64(head["hidden"]["bias"])))
     return unit(hidden @ np.float64(head["bottleneck"]["kernel"]) + np.float64(head["bottleneck"]["bias"]))
 
 
