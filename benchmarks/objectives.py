@@ -1,6 +1,6 @@
 """What the losses take of a training step: of its FLOPs and peak memory at paper scale, of its time at tiny scale.
 
-PYTHONPATH=. python benchmarks/objectives.py [--parts=flops,memory,time] [--size=huge] [--topology=v5p:2x2x4]
+PYTHONPATH=. python benchmarks/objectives.py [--parts=flops,alone,memory,time] [--size=huge] [--topology=v5p:2x2x4]
     [--samples=1] [--rounds=10] [--json=FILE]
 
 The peer is the same step with the losses taken out: in their place stands the mean square of every feature map that
@@ -9,6 +9,8 @@ losses take is the difference of the two steps; its share is of the step as it i
 
 flops   configs/skysense.py, traced at the config's own batch: the matrix products, those included that a checkpoint
         computes again (skyjax/parallel/flops.py, `products`).
+alone   configs/skysense.py, the losses without the encoder: its maps and the heads are given and get their gradients.
+        Temporaries as below; takes three minutes of processor time and 5 GB.
 memory  configs/skysense.py, the whole step compiled for a TPU that is not there, by libtpu (pip install "jax[tpu]"):
         per chip, as the compiler plans it. Peak: arguments and temporaries at their highest together. Takes about
         eight minutes of processor time and up to 12 GB of memory for each of the two steps at huge.
@@ -26,6 +28,7 @@ import pathlib
 import resource
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -52,7 +55,7 @@ from skyjax.train import loop, state
 from skyjax.train import step as training
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-PARTS = ("flops", "memory", "time")
+PARTS = ("flops", "alone", "memory", "time")
 STEPS = {"whole step": True, "without losses": False}  # title -> with the losses
 STORED = {"optical": jnp.uint8, "multispectral": jnp.uint16, "sar": jnp.float32}
 GIB = 2**30
@@ -60,16 +63,41 @@ GIB = 2**30
 
 def trace(config: ml_collections.ConfigDict, mesh: Mesh, samples: int, losses: bool) -> Any:
     """The step as the loop compiles it, traced with its losses or without."""
-    first = state.abstract(config)
-    first = with_shardings(first, state_shardings(first, mesh))
-    here = batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_batch(config, samples)
-    )
+    first, batch = abstract(config, mesh, samples)
     objective = training.objective if losses else mean_square
     with jax.set_mesh(mesh), mock.patch.object(training, "objective", objective):
         step: Any = loop.jit_step(config, loop.statistics_table(config.model), first, mesh)
         return step.trace(first, batch)
+
+
+def trace_losses(config: ml_collections.ConfigDict, mesh: Mesh, samples: int) -> Any:
+    """The losses without the encoder: from its maps and the heads to the gradients of both."""
+    first, batch = abstract(config, mesh, samples)
+    params, here = first["params"], batch_sharding(mesh)
+    statistics = {m: (np.array(t["mean"]), np.array(t["std"])) for m, t in loop.statistics_table(config.model).items()}
+    key, outputs = jax.random.key(0), []
+
+    def record(*arguments: Any, **keywords: Any) -> Any:
+        outputs.append(encode(*arguments, **keywords))
+        return outputs[-1]
+
+    def compare(params: Any, teacher: Any, batch: Batch, step: jax.Array, table: Any) -> jax.Array:
+        return training.compare(config, statistics, params, teacher, batch, step, key, None, table)[0]
+
+    def loss(maps: Any, heads: Any, masks: Any, taught: Any, teacher: Any, batch: Batch, step: jax.Array) -> jax.Array:
+        seen = [{**mask, **part} for mask, part in zip(masks, maps, strict=True)]
+        with mock.patch.object(training, "encode", side_effect=[*seen, taught]):
+            return compare({"encoder": {}, "heads": heads}, teacher, batch, step, None)
+
+    encode = training.encode
+    with jax.set_mesh(mesh), mock.patch.object(training, "encode", record):
+        jax.eval_shape(compare, params, first["teacher"], batch, first["step"], first["prototypes"])
+    *outputs, taught = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), outputs)
+    maps = [{name: output.pop(name) for name in ("spatial", "fused", "context")} for output in outputs]
+    kept = jax.tree.map(lambda x: x.sharding, (maps, params["heads"]))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), out_shardings=(None, kept))
+        return step.trace(maps, params["heads"], outputs, taught, first["teacher"], batch, first["step"])
 
 
 def mean_square(_: Any, student: Any, teacher: Any, *__: Any, **___: Any) -> tuple[jax.Array, dict[str, Any]]:
@@ -79,6 +107,17 @@ def mean_square(_: Any, student: Any, teacher: Any, *__: Any, **___: Any) -> tup
         for maps in (*output["spatial"].values(), output["fused"] if output["context"] is None else output["context"]):
             loss += jnp.mean(jnp.square(maps.astype(jnp.float32)))
     return loss, {"sums": {}, "counts": {}, "metrics": {}}
+
+
+def abstract(config: ml_collections.ConfigDict, mesh: Mesh, samples: int) -> tuple[state.State, Batch]:
+    """State and batch as they lie on the mesh."""
+    first = state.abstract(config)
+    first = with_shardings(first, state_shardings(first, mesh))
+    here = batch_sharding(mesh)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_batch(config, samples)
+    )
+    return first, batch
 
 
 def abstract_batch(config: ml_collections.ConfigDict, samples: int) -> Batch:
@@ -116,12 +155,13 @@ def count_flops(size: str) -> dict[str, float]:
     }
 
 
-def plan_memory(size: str, topology: str, samples: int, losses: bool) -> dict[str, float]:
-    """Bytes a chip, and what the compiler itself took."""
+def plan_memory(size: str, topology: str, samples: int, program: str) -> dict[str, float]:
+    """Bytes a chip of one of STEPS or of the losses by themselves, and what the compiler itself took."""
     start = time.process_time()
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     config = load_config(CONFIGS / "skysense.py", [f"size={size}"])
-    traced = trace(config, make_mesh(config.mesh, devices), samples * len(devices), losses)
+    mesh, samples = make_mesh(config.mesh, devices), samples * len(devices)
+    traced = trace(config, mesh, samples, STEPS[program]) if program in STEPS else trace_losses(config, mesh, samples)
     memory = traced.lower().compile().memory_analysis()
     return {
         "arguments": memory.argument_size_in_bytes,
@@ -189,23 +229,26 @@ def main() -> None:
     if "flops" in parts:
         results["flops"] = counted = count_flops(arguments.size)
         show(f"{arguments.size}, TFLOP a sample, traced", {name: count / 1e12 for name, count in counted.items()})
+    where = arguments.size, arguments.topology, arguments.samples
+    if "alone" in parts:
+        results["alone"] = memory = in_process(plan_memory, *where, "alone")
+        print(f"the losses alone, temporaries a chip: {memory['temporaries'] / GIB:.3f} GiB", flush=True)
     if "memory" in parts:
-        # A process each: the compiler's gigabytes go back to the machine in between.
-        planned = {}
-        for title, losses in STEPS.items():
-            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                wanted = arguments.size, arguments.topology, arguments.samples, losses
-                planned[title] = pool.submit(plan_memory, *wanted).result()
-        results["memory"] = planned
-        where = f"{arguments.size}, GiB a chip, {arguments.topology}, {arguments.samples} a chip"
+        results["memory"] = planned = {title: in_process(plan_memory, *where, title) for title in STEPS}
         for name in ("peak", "temporaries", "arguments"):
-            show(f"{where}: {name}", {title: memory[name] / GIB for title, memory in planned.items()})
+            show(f"GiB a chip, {name}", {title: memory[name] / GIB for title, memory in planned.items()})
     if "time" in parts:
         results["time"] = shortest = time_steps(arguments.rounds)
         show("pretrain_sample, seconds a step", shortest)
     if arguments.json:
         asked = {name: getattr(arguments, name) for name in ("size", "topology", "samples", "rounds")}
         arguments.json.write_text(json.dumps(asked | results, indent=1) + "\n", encoding="utf-8")
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it in a process of its own, so that the compiler's gigabytes go back to the machine."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def show(title: str, values: dict[str, float]) -> None:
