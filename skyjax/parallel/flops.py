@@ -194,8 +194,9 @@ def products(jaxpr: Jaxpr) -> int:
             raise ValueError(f"{name}: what it takes is not known here")
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+            left: Any = equation.invars[0].aval
+            product: Any = equation.outvars[0].aval
+            total += 2 * product.size * math.prod(left.shape[i] for i in contracted)
         times = params["length"] if name == "scan" else 1
         total += times * sum(products(inner) for inner in jaxprs_in_params(params))
     return total
