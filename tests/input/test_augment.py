@@ -8,7 +8,16 @@ from scipy.optimize import minimize_scalar
 from skyjax.errors import UserError
 from skyjax.input.augment import BLUR, augment, check
 
-OFF = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "blur": 0.0, "solarize": 0.0, "speckle": 0.0, "gain": 0.0}
+OFF = {
+    "brightness": 0.0,
+    "band_gain": 0.0,
+    "contrast": 0.0,
+    "saturation": 0.0,
+    "blur": 0.0,
+    "solarize": 0.0,
+    "speckle": 0.0,
+    "gain": 0.0,
+}
 MEAN, STD = np.array([100.0, 80.0, 60.0], np.float32), np.array([50.0, 40.0, 20.0], np.float32)
 
 
@@ -57,6 +66,18 @@ def test_brightness_is_a_gain_of_the_stored_values():
         factors.append(np.median(ratio))
     assert 0.7 <= min(factors) < 0.8
     assert 1.2 < max(factors) <= 1.3
+
+
+def test_band_gain_is_one_gain_of_the_stored_values_a_band():
+    values, mask = pixels()
+    factors = []
+    for got in run("optical", values, mask, keys=40, band_gain=0.2):
+        ratio = (got * STD + MEAN) / (values * STD + MEAN)
+        np.testing.assert_allclose(ratio, np.broadcast_to(np.median(ratio, (0, 1, 2)), ratio.shape), rtol=2e-3)
+        factors.append(np.median(ratio, (0, 1, 2)))
+    assert 0.8 <= np.min(factors) < 0.83
+    assert 1.17 < np.max(factors) <= 1.2
+    assert np.abs(np.corrcoef(np.transpose(factors))[np.triu_indices(3, 1)]).max() < 0.5  # bands draw for themselves
 
 
 def test_contrast_stretches_about_the_mean_of_what_is_clear():

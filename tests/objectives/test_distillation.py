@@ -85,6 +85,20 @@ def test_infonce_equals_a_float64_loop(rows, chunk):
     assert_allclose(total(rows, settings, student_head, teacher_head), want, rtol=2e-5)
 
 
+def test_a_normed_head_equals_float64_and_sees_no_masked_row(rows):
+    settings = config(kind="infonce", head_norm="batch")
+    student_head, teacher_head = make_head(0, settings), make_head(1, settings)
+    valid = rows.weight > 0
+    want = reference.infonce(
+        reference.project(student_head, np.float64(rows.student), valid),
+        reference.project(teacher_head, np.float64(rows.teacher), valid),
+        rows.weight,
+        0.2,
+    )
+    assert_allclose(total(rows, settings, student_head, teacher_head), want, rtol=2e-5)
+    assert abs(want - float(total(rows, config(kind="infonce"), student_head, teacher_head))) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["dino", "infonce"])
 def test_gradients_reach_the_student_alone_and_do_not_depend_on_the_chunk(rows, kind):
     whole, chunked = (config(kind=kind, chunk=chunk) for chunk in (1024, 2))
@@ -105,9 +119,10 @@ def test_gradients_reach_the_student_alone_and_do_not_depend_on_the_chunk(rows, 
     assert all(np.abs(leaf).max() == 0 for leaf in jax.tree.leaves(got[3]))
 
 
+@pytest.mark.parametrize("head_norm", ["none", "batch"])
 @pytest.mark.parametrize("kind", ["dino", "infonce"])
-def test_masked_rows_leave_no_trace(rows, kind):
-    settings = config(kind=kind)
+def test_masked_rows_leave_no_trace(rows, kind, head_norm):
+    settings = config(kind=kind, head_norm=head_norm)
     student_head, teacher_head = make_head(0, settings), make_head(1, settings)
     spoilt = rows._replace(
         student=np.where(rows.weight[..., None] > 0, rows.student, np.nan),
@@ -121,9 +136,10 @@ def test_masked_rows_leave_no_trace(rows, kind):
     jax.tree.map(assert_array_equal, got, clean)
 
 
+@pytest.mark.parametrize("head_norm", ["none", "batch"])
 @pytest.mark.parametrize("kind", ["dino", "infonce"])
-def test_no_rows_at_all_give_zero_and_zero_gradients(rows, kind):
-    settings = config(kind=kind)
+def test_no_rows_at_all_give_zero_and_zero_gradients(rows, kind, head_norm):
+    settings = config(kind=kind, head_norm=head_norm)
     head = make_head(0, settings)
     nothing = rows._replace(weight=np.zeros((B, R), np.float32))
     value, gradient = jax.value_and_grad(lambda h: total(nothing, settings, h, head))(head)
@@ -146,3 +162,17 @@ def test_infonce_takes_a_bounded_number_of_negatives_from_each_other_sample(rows
     many = total(every, config(kind="infonce"), student_head, teacher_head)
     assert few < bound
     assert few < many
+
+
+@pytest.mark.parametrize(("key", "value"), [("kind", "info"), ("head_norm", "layer")])
+def test_what_is_not_known_is_told(key, value):
+    with pytest.raises(ValueError, match=f'objective.{key} is "{value}"; it is one of'):
+        make_head(0, config(**{key: value}))
+
+
+def test_the_only_modality_is_not_compared_twice():
+    model = ml_collections.ConfigDict({"modalities": {"sar": {}}, "spatial_width": C, "fusion": None})
+    assert heads.streams_of(model) == ["sar"]
+    assert heads.init_heads(config(), model, jax.random.key(0)).keys() == {"sar"}
+    model.prototypes = {"regions": 4}
+    assert heads.streams_of(model) == ["sar", "fused"]

@@ -44,6 +44,14 @@ def test_a_swin_by_hand():
     assert flops.swin_v2(part, Images(3, 12, 10), 3) == (want, (3, 3))
 
 
+def test_a_convolutional_stem_by_hand():
+    part = ml_collections.ConfigDict({"width": 8, "depth": 0, "patch_size": 8, "bands": ("a", "b"), "stem": "conv"})
+    # 16 x 8 pixels: 4 x 2 patches of 4 x 4 pixels, then one stage to 2 x 1 places.
+    patches = 2 * 8 * (4 * 4 * 2) * 4
+    stage = 2 * 2 * (9 * 4) * 8 + 2 * 2 * (9 * 8) * 8 + 2 * 2 * (4 * 4) * 8
+    assert flops.vit(part, Images(1, 16, 8), 3) == (3 * (patches + stage), (2, 1))
+
+
 def test_fusion_and_prototypes_by_hand():
     part = ml_collections.ConfigDict({"width": 8, "depth": 2, "heads": 2})
     projection = 2 * 4 * 12 * 8

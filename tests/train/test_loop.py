@@ -234,6 +234,33 @@ def test_dry_run_prints_config_and_parameters_and_allocates_nothing(config):
     assert [f"{sum(counts):,}" in line for line in text.splitlines() if line.startswith("= total")] == [True]
 
 
+def test_statistics_of_the_config_stand_in_for_the_sensors(config):
+    model = changed(config).model
+    with model.unlocked():
+        model.modalities.sar.statistics = {"sentinel1-grd": {"mean": (-11.0, -18.0), "std": (3.0, 4.0)}}
+    found, before = loop.statistics_table(model), loop.statistics_table(config.model)
+    assert found["sar"] == before["sar"] | {"mean": [[-11.0, -18.0]], "std": [[3.0, 4.0]]}
+    assert {name: table for name, table in found.items() if name != "sar"} == {
+        name: table for name, table in before.items() if name != "sar"
+    }
+
+
+@pytest.mark.parametrize(
+    ("statistics", "said"),
+    [
+        ({"sentinel2-l2a": {"mean": (0.0, 0.0), "std": (1.0, 1.0)}}, "sensors are sentinel1-grd; name one of them"),
+        ({"sentinel1-grd": {"mean": (0.0,), "std": (1.0, 1.0)}}, "mean has 1 numbers for 2 bands"),
+        ({"sentinel1-grd": {"mean": (0.0, 0.0), "std": (1.0, 0.0)}}, "std has a number of 0 or less"),
+    ],
+)
+def test_statistics_that_cannot_be_are_told(config, statistics, said):
+    model = changed(config).model
+    with model.unlocked():
+        model.modalities.sar.statistics = statistics
+    with pytest.raises(UserError, match=said):
+        loop.statistics_table(model)
+
+
 def test_a_batch_that_does_not_divide_is_told(config, tmp_path):
     with pytest.raises(UserError, match="batch_size=8 is not a multiple of micro_batches=3"):
         loop.train(changed(config, micro_batches=3), tmp_path)

@@ -83,6 +83,9 @@ def test_schedules_by_hand():
     assert_allclose(got[-1], 0.001, rtol=1e-6)
     momentum = [float(optimizer.teacher_momentum(config, step)) for step in (0, 15, 30, 99)]
     assert_allclose(momentum, [0.9, 0.95, 1, 1], rtol=1e-6)
+    config = make_config(final_teacher_momentum=0.98)
+    momentum = [float(optimizer.teacher_momentum(config, step)) for step in (0, 15, 30, 99)]
+    assert_allclose(momentum, [0.9, 0.94, 0.98, 0.98], rtol=1e-6)
 
 
 def test_warm_up_longer_than_the_run_is_cut():
