@@ -114,7 +114,7 @@ VARIANTS = {
     ),
     "optical alone": alone("optical", depths=(1, 2), extra_norm_every=0, window=8, mask_padding=False),
     "SAR alone": alone("sar"),
-    "ViT with a convolutional stem": alone("sar", stem="conv", patch_size=4),
+    "ViT with a convolutional stem": alone("sar", stem="conv", patch_size=4, image_size=8),
 }
 
 
