@@ -18,12 +18,14 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import ml_collections
+import numpy as np
 import scipy.stats
+from jax.sharding import Mesh
 
 from skyjax.config import load_config, run_file
 from skyjax.errors import UserError
@@ -32,9 +34,11 @@ from skyjax.evals.features import FUSED
 from skyjax.evals.progress import track
 from skyjax.evals.series import CONTEXT
 from skyjax.models import skysense
+from skyjax.parallel.sharding import replicated, state_shardings
 from skyjax.sample import MODALITIES
 from skyjax.train import loop, metrics
 from skyjax.train.pretrained import Pretrained
+from skyjax.train.step import make_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 BASE = "configs/time_series.py"
@@ -43,12 +47,14 @@ DOCS = ROOT / "docs" / "ablations.md"
 BEGIN, END = "<!-- tables of benchmarks/ablations.py -->", "<!-- end of the tables -->"
 
 LEVELS = ("image", "pixel", "object")
+WEIGHT, ALIGNMENT = 1.0, 0.1  # of each level and of alignment, as in configs/pretrain_sample.py
 # All cells together shall fit into half an hour of one core, half of it compilation.
 SHORT = {
     "steps": 120,
     "batch_size": 16,
     "data.threads": 1,
     "data.dates": {"multispectral": 6, "sar": 4},
+    "data.same_dates": 16,  # all of a batch
     "checkpoint.every": 120,
     "optimizer.warmup_steps": 10,
     "optimizer.teacher_momentum": 0.95,  # at 0.99 half of the teacher, which is probed, would still be its start
@@ -94,13 +100,12 @@ class Row:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What differs from the base config, by its key; weights that are not named keep their value."""
-        off = [f"objective.weights.{level}" for level in LEVELS if level not in self.levels]
-        off += [] if self.alignment else ["objective.weights.alignment"]
+        """What differs from the base config, by its key."""
         return {
             **SHORT,
             "model.modalities": list(self.modalities),
-            **dict.fromkeys(off, 0.0),
+            **{f"objective.weights.{level}": WEIGHT * (level in self.levels) for level in LEVELS},
+            "objective.weights.alignment": ALIGNMENT * self.alignment,
             **({"model.prototypes": PROTOTYPES} if self.geo else {}),
         }
 
@@ -172,6 +177,7 @@ def run_cell(name: str, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
     start = _clocks()
     last: dict[str, float] = {}
     if row.levels:
+        loop.jit_step = jit_step  # type: ignore[assignment]
         code = loop.train(config, workdir)
         if code != loop.EXIT_DONE:
             raise SystemExit(code)
@@ -180,7 +186,8 @@ def run_cell(name: str, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
         last = {key: value for key, value in lines[-1].items() if key.startswith(("step", "loss", "rank", "spread"))}
         model = Pretrained.load(workdir)
     else:
-        params = skysense.init(config.model, jax.random.key(seed))
+        # Put where a checkpoint's parameters are, so that the encoder is compiled once for both.
+        params = jax.device_put(skysense.init(config.model, jax.random.key(seed)), jax.local_devices()[0])
         model = Pretrained(config, params, loop.statistics_table(config.model), step=0)
     trained = _clocks()
     probes = [probe(model, folder, label, kind, seed) for folder, label in PROBES for kind in row.features]
@@ -196,6 +203,35 @@ def run_cell(name: str, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
         "last": last,
         "probes": probes,
     }
+
+
+class _WithSeed:
+    """A config whose seed is the argument of a compiled step."""
+
+    def __init__(self, config: ml_collections.ConfigDict, seed: Any):
+        self._config, self.seed = config, seed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+_steps: dict[str, Callable[..., Any]] = {}
+
+
+def jit_step(config: ml_collections.ConfigDict, statistics: Any, state: Any, mesh: Mesh) -> Callable[..., Any]:
+    """`loop.jit_step` with the seed as an argument: as a constant, it would have each seed compile its own step.
+
+    Compiling takes longer than the training itself, and the seeds of a row differ in nothing else.
+    """
+    if config.row not in _steps:
+        arrays = {m: (np.array(t["mean"], np.float32), np.array(t["std"], np.float32)) for m, t in statistics.items()}
+        _steps[config.row] = jax.jit(
+            lambda state, batch, seed: make_step(cast(Any, _WithSeed(config, seed)), arrays)(state, batch),
+            donate_argnums=0,
+            out_shardings=(state_shardings(state, mesh), replicated(mesh)),
+        )
+    step, seed = _steps[config.row], np.uint32(config.seed)
+    return lambda state, batch: step(state, batch, seed)
 
 
 def check_terms(row: Row, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -326,8 +362,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/ablations"))
     arguments = parser.parse_args()
-    # Seeds are constants of a compiled step, so each cell compiles its own; encoders for the probes are shared, and a
-    # cell that was broken off finds its step again.
+    # The encoders of the probes are the same for all rows of the same modalities.
     jax.config.update("jax_compilation_cache_dir", str((arguments.workdir / "compiled").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     done = {(cell["row"], cell["seed"]) for cell in read_results(RESULTS)}
