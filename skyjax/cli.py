@@ -232,7 +232,9 @@ def _add_data(verbs: Any) -> None:
         "Mean and std of each band over valid, clear pixels, beside the values of the sensor table.",
         "skyjax data stats --dataset=runs/records/triples",
     )
-    stats.add_argument("--dataset", type=pathlib.Path, required=True, help="a folder made by data build")
+    stats.add_argument(
+        "--dataset", type=pathlib.Path, required=True, help="a folder made by data build, or one of images"
+    )
     stats.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
 
     show = _verb(
@@ -242,7 +244,9 @@ def _add_data(verbs: Any) -> None:
         "A contact sheet (PNG): all dates of a site side by side, clouds marked.",
         "skyjax data show --dataset=runs/records/triples --out=triples.png --sites=4",
     )
-    show.add_argument("--dataset", type=pathlib.Path, required=True, help="a folder made by data build")
+    show.add_argument(
+        "--dataset", type=pathlib.Path, required=True, help="a folder made by data build, or one of images"
+    )
     show.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     show.add_argument("--sites", type=int, default=4, help="how many of the first sites (default 4)")
 
@@ -266,9 +270,9 @@ def _data_stats(options: argparse.Namespace, overrides: list[str]) -> int:
 
 def _data_show(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.input.contact_sheet import contact_sheet
-    from skyjax.input.records import RecordSource
+    from skyjax.input.loader import open_source
 
-    source = RecordSource(options.dataset)
+    source = open_source(str(options.dataset))
     contact_sheet([source[i] for i in range(min(options.sites, len(source)))], options.out)
     print(options.out)
     return 0

@@ -14,7 +14,7 @@ import rich.table
 from jaxtyping import Float, Shaped
 
 from skyjax.errors import BadRecord
-from skyjax.input.records import RecordSource
+from skyjax.input.loader import Source, open_source
 from skyjax.sample import Sample
 from skyjax.sensors import get_sensor, sensors
 
@@ -66,12 +66,12 @@ def stats(folder: str | os.PathLike[str]) -> list[Row]:
     """A row for each sensor and band of a dataset, in the order of sensors.toml. Bad records are named and left out.
 
     Raises:
-      UserError: the folder is not a dataset.
+      UserError: the folder is neither a dataset nor one of images.
     """
-    return rows(_samples(RecordSource(folder)))
+    return rows(_samples(open_source(os.fspath(folder))))
 
 
-def _samples(source: RecordSource) -> Iterable[Sample]:
+def _samples(source: Source) -> Iterable[Sample]:
     for index in range(len(source)):
         try:
             yield source[index]

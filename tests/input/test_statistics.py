@@ -5,6 +5,7 @@ import dataclasses
 import hypothesis
 import hypothesis.strategies as some
 import numpy as np
+import PIL.Image
 import pytest
 from numpy.testing import assert_allclose
 
@@ -108,5 +109,17 @@ def test_a_bad_record_is_named_and_left_out(tmp_path, caplog):
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(UserError, match="not a skyjax dataset"):
+    with pytest.raises(UserError, match="holds neither images .* nor records"):
         statistics.stats(tmp_path)
+
+
+def test_a_folder_of_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (3, 6, 5, 3)).astype(np.uint8)
+    for i, image in enumerate(images):
+        PIL.Image.fromarray(image).save(tmp_path / f"{i}.png")
+    rows = statistics.stats(tmp_path)
+    assert [(row["sensor"], row["band"], row["count"]) for row in rows] == [
+        ("rgb", band, 90) for band in ("red", "green", "blue")
+    ]
+    np.testing.assert_allclose([row["mean"] for row in rows], images.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose([row["std"] for row in rows], images.std((0, 1, 2)), rtol=1e-12)
