@@ -187,7 +187,7 @@ def _limits(sequence: Sequence) -> np.ndarray:
 
 def class_colours(count: int) -> UInt8[np.ndarray, "k 3"]:
     """A colour a class; twenty differ."""
-    table = np.array(matplotlib.colormaps["tab20"].colors)
+    table = matplotlib.colormaps["tab20"](np.arange(20))[:, :3]
     # The table has pairs of one hue: first every hue, then their pale twins.
     order = np.concatenate([np.arange(0, 20, 2), np.arange(1, 20, 2)])
     return np.rint(255 * table[order[np.arange(count) % 20]]).astype(np.uint8)

@@ -57,7 +57,7 @@ class Options:
     modality: str = FUSED
     block: int = 8
     gap: int = 4
-    folds: int = 5
+    folds: int = 8
     least: int = 30
     seed: int = 0
     baselines: bool = True
