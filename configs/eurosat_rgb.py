@@ -122,7 +122,9 @@ def _objective() -> ml_collections.ConfigDict:
             "chunk": 1024,
             "pixel": {"tokens": 8},
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
-            "alignment": {"temperature": 0.1},
+            # Where the learned temperature starts: SimCLR's; and its bounds, CLIP's.
+            "alignment": {"temperature": 0.1, "bounds": (0.01, 1.0)},
+            "spread": {"floor": 0.01},  # nearer neighbours pull no harder: a duplicate stays finite
             "rank_alarm": 2.0,
             "spread_alarm": 0.005,
         }

@@ -164,7 +164,9 @@ def _objective() -> ml_collections.ConfigDict:
             "pixel": {"tokens": 8},  # places scored a pair of views and date: half of the 4 x 4 of a view
             # Clusters: a quarter of the places each; rounds: as of balancing; epsilon, the balancing's: SwAV's.
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
-            "alignment": {"temperature": 0.1},  # where the learned temperature starts: SimCLR's
+            # Where the learned temperature starts: SimCLR's; and its bounds, CLIP's.
+            "alignment": {"temperature": 0.1, "bounds": (0.01, 1.0)},
+            "spread": {"floor": 0.01},  # nearer neighbours pull no harder: a duplicate stays finite
             # Warn when the effective rank of the fused features falls below. 1 is one point; sound runs had 5 to 8.
             "rank_alarm": 2.0,
             "spread_alarm": 0.005,  # likewise their spread, which is 1 / sqrt(width) = 0.09 where they point everywhere

@@ -166,7 +166,9 @@ def _objective(size: Size) -> ml_collections.ConfigDict:
             "pixel": {"tokens": 16},  # of 256 places a pair of views and date: 1,280 multispectral rows a sample
             # Left open by the paper. Clusters of 32 places where views agree; rounds as of balancing; SwAV's epsilon.
             "object": {"clusters": 8, "iterations": 3, "epsilon": 0.05},
-            "alignment": {"temperature": 0.1},  # where the learned temperature starts: SimCLR's
+            # Where the learned temperature starts: SimCLR's; and its bounds, CLIP's.
+            "alignment": {"temperature": 0.1, "bounds": (0.01, 1.0)},
+            "spread": {"floor": 0.01},  # nearer neighbours pull no harder: a duplicate stays finite
             "rank_alarm": 5.0,  # 1 is one point; small sound runs had 5 to 8 (docs/findings.md)
             "spread_alarm": 0.005,  # 1 / sqrt(1024) = 0.03 where features point everywhere
         }

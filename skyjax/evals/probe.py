@@ -31,7 +31,6 @@ TASKS = ("knn", "linear")
 PRETRAINED, UNTRAINED = "pre-trained encoder", "untrained encoder"
 STATISTICS, CONVOLUTION = "image statistics", "random convolutional features"
 LARGEST = 4  # times the training view's side; larger images are shrunk, unless --image-size says otherwise
-_HANDMADE = (STATISTICS, CONVOLUTION)
 _BASELINE_IMAGES = 300  # of the training part, from which the baselines take bands and filters
 _DECISIVE = {"knn": f"kNN {knn.NEIGHBOURS[0]}", "linear": "linear L-BFGS"}  # whose mistakes are listed
 
@@ -135,7 +134,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
     jobs = [
         (name, method, answer)
         for name, parts in features.items()
-        for method, answer in _methods(task, parts, labels, len(examples.classes), seed, name in _HANDMADE).items()
+        for method, answer in _methods(task, parts, labels, len(examples.classes), seed).items()
     ]
     for name, method, answer in track(jobs, len(jobs), f"probes: {task}"):
         start = time.perf_counter()
@@ -184,11 +183,10 @@ def _methods(
     labels: Mapping[str, np.ndarray],
     num_classes: int,
     seed: int,
-    handmade: bool,
 ) -> dict[str, Answer]:
     """Method -> a function that gives what it says of the test part, and what it chose."""
     if task == "knn":
-        return {f"kNN {k}": _nearest(features, labels, num_classes, k, handmade) for k in knn.NEIGHBOURS}
+        return {f"kNN {k}": _nearest(features, labels, num_classes, k) for k in knn.NEIGHBOURS}
     train, validation = (linear.Part(features[part], labels[part]) for part in ("train", "val"))
 
     def adamw() -> tuple[np.ndarray, float]:
@@ -202,15 +200,14 @@ def _methods(
     return {"linear AdamW": adamw, "linear L-BFGS": lbfgs}
 
 
-def _nearest(
-    features: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], num_classes: int, k: int, handmade: bool
-) -> Answer:
+def _nearest(features: Mapping[str, np.ndarray], labels: Mapping[str, np.ndarray], num_classes: int, k: int) -> Answer:
     """There is nothing to choose, so the validation part joins the bank."""
 
     def answer() -> tuple[np.ndarray, None]:
         bank = np.concatenate([features["train"], features["val"]])
-        # Statistics in raw units have no angle worth the name: the band of the largest numbers would be all of it.
-        prepare = linear.standardiser(bank) if handmade else np.asarray
+        # The same for every row. An angle is worth nothing where one number dwarfs the others, as in statistics in raw
+        # units, or where all features share most of their length, as an encoder's do.
+        prepare = linear.standardiser(bank)
         cosine, index = knn.neighbours(prepare(bank), prepare(features["test"]), k)
         known = np.concatenate([labels["train"], labels["val"]])
         return knn.predict(cosine, index, known, k=k, num_classes=num_classes), None
@@ -265,7 +262,7 @@ def _settings(examples: LabelledSet, kind: str, seed: int) -> dict[str, Any]:
         "image_size": {m: list(size) for m, size in examples.sizes.items()},
         "pooling": pooling,
         "normalisation": "sensor statistics of the checkpoint",
-        "knn": f"cosine, vote exp(s / {knn.TEMPERATURE}), bank: train and val; baselines standardised",
+        "knn": f"cosine, vote exp(s / {knn.TEMPERATURE}), standardised, bank: train and val",
         "adamw": f"{linear.EPOCHS} epochs, batch {linear.BATCH_SIZE}, weight decay {linear.WEIGHT_DECAY}, learning rate"
         f" of {len(linear.LEARNING_RATES)} by val",
         "lbfgs": f"standardised, C of {len(linear.INVERSE_PENALTIES)} by val, fitted again on train and val",

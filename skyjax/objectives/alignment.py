@@ -5,6 +5,7 @@ Formula: docs/fidelity.md, "Cross-modal alignment"; symmetric InfoNCE as in CLIP
 """
 
 import itertools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ from skyjax.objectives import heads
 
 
 def align(
-    features: dict[str, Float[Array, "b v c"]], present: dict[str, Bool[Array, "b v"]], head: heads.Params
+    features: dict[str, Float[Array, "b v c"]],
+    present: dict[str, Bool[Array, "b v"]],
+    head: heads.Params,
+    bounds: Sequence[float] = heads.TEMPERATURES,
 ) -> tuple[dict[str, Float[Array, ""]], dict[str, Float[Array, ""]]]:
     """Sums and counts of every pair of modalities, by names like "optical-sar".
 
@@ -25,8 +29,9 @@ def align(
       features: modality -> one feature a sample and view.
       present: modality -> whether it is there.
       head: `heads/alignment`.
+      bounds: of the learned temperature.
     """
-    temperature = heads.alignment_temperature(head)
+    temperature = heads.alignment_temperature(head, bounds)
     sums, counts = {}, {}
     modalities = heads.modalities_of(features)
     # A masked row is zeroed before the projection: what stands there may not reach a gradient.

@@ -7,6 +7,7 @@ A head is a multilayer perceptron of one hidden layer, an L2 normalisation and, 
 vectors (DINO, Caron et al. 2021, section 3.1 and appendix C, has two hidden layers and the same end).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,9 @@ LEVELS = ("pixel", "object", "image")
 STREAMS = (*MODALITIES, "fused")
 KINDS = ("dino", "infonce")
 NORMS = ("none", "batch")
-# CLIP's bound (Radford et al. 2021, section 2.5): logits are scaled by at most 100.
-SMALLEST_TEMPERATURE, LARGEST_TEMPERATURE = 0.01, 1.0
+# The default of `objective.alignment.bounds`. CLIP's (Radford et al. 2021, section 2.5): logits are scaled by at most
+# 100.
+TEMPERATURES = (0.01, 1.0)
 
 
 def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDict, key: Array) -> Params:
@@ -105,13 +107,13 @@ def class_scores(head: Params, projected: Float[Array, "*n d"]) -> Float[Array, 
     return jnp.einsum("...d,kd->...k", projected, unit(head["classes"]))
 
 
-def alignment_temperature(head: Params) -> Float[Array, ""]:
-    """The learned temperature; it is stored as its logarithm and clamped.
+def alignment_temperature(head: Params, bounds: Sequence[float] = TEMPERATURES) -> Float[Array, ""]:
+    """The learned temperature; it is stored as its logarithm and clamped to `bounds`.
 
     The clamp passes the gradient on: with a zero gradient beyond the bound the temperature could never come back.
     """
     stored = head["temperature"]
-    clamped = jnp.clip(stored, jnp.log(SMALLEST_TEMPERATURE), jnp.log(LARGEST_TEMPERATURE))
+    clamped = jnp.clip(stored, *(jnp.log(bound) for bound in bounds))
     return jnp.exp(stored + jax.lax.stop_gradient(clamped - stored))
 
 

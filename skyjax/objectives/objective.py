@@ -90,13 +90,16 @@ def objective(
     pooled = {stream: _pool(students[0]) for stream, (students, _) in maps.items()}
     if config.weights.alignment and len(modalities) > 1:
         features, present = ({m: pooled[m][i] for m in modalities} for i in (0, 1))
-        pair_sums, pair_counts = alignment.align(features, present, student_heads["alignment"])
+        pair_sums, pair_counts = alignment.align(
+            features, present, student_heads["alignment"], config.alignment.get("bounds", heads.TEMPERATURES)
+        )
         sums |= {f"alignment/{pair}": value for pair, value in pair_sums.items()}
         own |= {f"alignment/{pair}": value for pair, value in pair_counts.items()}
     if config.weights.spread:
+        floor = config.get("spread", {}).get("floor", spread.FLOOR)
         for stream, (feature, there) in pooled.items():
             # A view at a time: two views of one site shall agree, not flee each other.
-            view_sums, view_counts = jax.vmap(spread.koleo, in_axes=1)(feature, there)
+            view_sums, view_counts = jax.vmap(spread.koleo, in_axes=(1, 1, None))(feature, there, floor)
             sums[f"spread/{stream}"], own[f"spread/{stream}"] = view_sums.sum(), view_counts.sum()
 
     divide_by = own if counts is None else counts

@@ -9,13 +9,14 @@ from jaxtyping import Array, Bool, Float
 
 from skyjax.objectives.heads import unit
 
-# Distances below it pull no harder: the gradient of a near duplicate stays within 1 / (2 x 0.01).
-_CLOSEST = 1e-2
+FLOOR = 1e-2  # the default of `objective.spread.floor`
 # Unit vectors within a thousandth of one another are one point; the shape of their rounding says nothing.
 _LEAST_VARIANCE = 1e-6
 
 
-def koleo(features: Float[Array, "b d"], valid: Bool[Array, "b"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def koleo(
+    features: Float[Array, "b d"], valid: Bool[Array, "b"], floor: float = FLOOR
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum of -log of each unit vector's distance to its nearest neighbour, and the count of rows that have one.
 
     Kozachenko-Leonenko estimate of the (negative) entropy, as DINOv2 uses it (Oquab et al. 2023, section 4;
@@ -24,6 +25,7 @@ def koleo(features: Float[Array, "b d"], valid: Bool[Array, "b"]) -> tuple[Float
     Args:
       features: one a sample; normalised here.
       valid: rows that count.
+      floor: distances below it pull no harder: the gradient of a near duplicate stays within 1 / (2 x floor).
     """
     points = unit(jnp.where(valid[:, None], features.astype(jnp.float32), 0))
     cosine = jax.lax.stop_gradient(points @ points.T)
@@ -31,7 +33,7 @@ def koleo(features: Float[Array, "b d"], valid: Bool[Array, "b"]) -> tuple[Float
     nearest = points[jnp.argmax(jnp.where(other, cosine, -jnp.inf), axis=1)]
     counted = valid & other.any(1)
     squared = jnp.sum(jnp.square(points - nearest), axis=-1)
-    loss = -0.5 * jnp.log(squared + _CLOSEST**2)
+    loss = -0.5 * jnp.log(squared + floor**2)
     return jnp.sum(jnp.where(counted, loss, 0)), counted.sum().astype(jnp.float32)
 
 
