@@ -1,7 +1,9 @@
 """Multispectral and SAR sequences: what grows on a pixel, from its year. Labels are not used.
 
 skyjax train --config=configs/time_series.py --workdir=runs/time_series
-One CPU core, 5 minutes.
+skyjax eval --checkpoint=runs/time_series --task=segmentation --dataset=runs/records/worldcereal --label=crop_type
+One CPU core, 2 minutes of its time, 2.3 GB. Crop types, pixel accuracy: 75.0 % (untrained 77.5 %, raw series 83.5 %):
+minutes do not teach it the seasons; what was tried stands in docs/findings.md, "Time series".
 """
 
 import ml_collections
@@ -19,10 +21,10 @@ def get_config(records: str = "runs/records") -> ml_collections.ConfigDict:
     """Every key that the run reads; `records` is the folder of the data sets made by `skyjax data build`."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.steps = 220
+    config.steps = 160
     config.batch_size = 32  # global, samples
     config.micro_batches = 1
-    config.checkpoint = ml_collections.ConfigDict({"every": 110, "keep": 1, "keep_every": 0})
+    config.checkpoint = ml_collections.ConfigDict({"every": 80, "keep": 1, "keep_every": 0})
     config.eval = ml_collections.ConfigDict({"every": 0})
     config.log = ml_collections.ConfigDict({"every": 10})
     config.watchdog = ml_collections.ConfigDict({"seconds": 1800.0})
@@ -51,7 +53,9 @@ def get_config(records: str = "runs/records") -> ml_collections.ConfigDict:
                 (r".*/(bias|scale|positions|dates|extra_token|class_token|logit_scale|temperature)", 0.0),
                 (r".*/(kernel|classes)", 1.0),
             ),
-            "teacher_momentum": 0.99,
+            # With 0.99, cosine to 1, a third of the teacher would still be where it started after 220 steps.
+            "teacher_momentum": 0.95,
+            "final_teacher_momentum": 0.99,
         }
     )
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
@@ -129,6 +133,7 @@ def _objective() -> ml_collections.ConfigDict:
         {
             "kind": "infonce",
             "classes": 256,
+            "head_norm": "batch",
             "head_hidden": 128,
             "head_bottleneck": 64,
             "student_temperature": 0.1,
@@ -139,7 +144,8 @@ def _objective() -> ml_collections.ConfigDict:
             "chunk": 1024,
             "pixel": {"tokens": 8},
             "object": {"clusters": 4, "iterations": 3, "epsilon": 0.05},
-            "alignment": {"temperature": 0.1},
+            "alignment": {"temperature": 0.1, "bounds": (0.01, 1.0)},
+            "spread": {"floor": 0.01},
             "rank_alarm": 2.0,
             "spread_alarm": 0.005,
         }

@@ -120,3 +120,17 @@ def test_the_documented_table_is_what_the_code_counts(sized):
     millions = [f"{found[column] / 1e6:.1f}" for column in (*columns, "encoder with prototypes", "heads", "total")]
     want = [name, *millions, f"{view / 1e9:,.0f}", f"{flops.model_flops(config) / 1e12:.1f}"]
     assert [cell.strip() for cell in line.strip("|").split("|")] == want
+
+
+def test_time_series_reads_its_records_where_it_is_told_and_every_parameter_has_its_rate():
+    config = load_config(ROOT / "configs" / "time_series.py", ["records=elsewhere"])
+    assert {folder.split("/")[0] for folder, _ in config.data.sources} == {"elsewhere"}
+    assert sum(share for _, share in config.data.sources) == pytest.approx(1)
+    every = {key for key in keys(load_config(ROOT / "configs" / "pretrain_sample.py")) if "optical" not in key}
+    assert every - set(keys(config)) == set()
+    encoder = states.abstract(config)["params"]["encoder"]  # refuses a parameter that no rule or that two rules name
+    assert encoder["fusion"]["dates"].shape == (366, 48)
+    rules = [
+        rate for rule, rate in config.optimizer.learning_rate_multipliers if re.fullmatch(rule, "encoder/fusion/dates")
+    ]
+    assert rules == [20.0]
