@@ -12,8 +12,8 @@ flops   configs/skysense.py, traced at the config's own batch: the matrix produc
 alone   configs/skysense.py, the losses without the encoder: its maps and the heads are given and get their gradients.
         Temporaries as below; takes three minutes of processor time and 5 GB.
 memory  configs/skysense.py, the whole step compiled for a TPU that is not there, by libtpu (pip install "jax[tpu]"):
-        per chip, as the compiler plans it. Peak: arguments and temporaries at their highest together. Takes about
-        eight minutes of processor time and up to 12 GB of memory for each of the two steps at huge.
+        per chip, as the compiler plans it. Peak: arguments and temporaries at their highest together. At huge the
+        compiler takes more than ten minutes of processor time and more than 13 GB for each of the two steps.
 time    configs/pretrain_sample.py on this machine, on random pixels: processor time, the shortest of all rounds, in
         which the two steps take turns.
 """
