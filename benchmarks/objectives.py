@@ -13,7 +13,7 @@ alone   configs/skysense.py, the losses without the encoder: its maps and the he
         Temporaries as below; takes three minutes of processor time and 5 GB.
 memory  configs/skysense.py, the whole step compiled for a TPU that is not there, by libtpu (pip install "jax[tpu]"):
         per chip, as the compiler plans it. Peak: arguments and temporaries at their highest together. At huge the
-        compiler takes more than ten minutes of processor time and more than 13 GB for each of the two steps.
+        compiler took more than ten minutes of processor time and 13 GB without being done with the step without losses.
 time    configs/pretrain_sample.py on this machine, on random pixels: processor time, the shortest of all rounds, in
         which the two steps take turns.
 """
