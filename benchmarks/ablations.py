@@ -47,7 +47,7 @@ DOCS = ROOT / "docs" / "ablations.md"
 BEGIN, END = "<!-- tables of benchmarks/ablations.py -->", "<!-- end of the tables -->"
 
 LEVELS = ("image", "pixel", "object")
-WEIGHT, ALIGNMENT = 1.0, 0.1  # of each level and of alignment, as in configs/pretrain_sample.py
+WEIGHT = 1.0  # of each level, as in configs/pretrain_sample.py
 # All cells together shall fit into half an hour of one core, half of it compilation.
 SHORT = {
     "steps": 120,
@@ -88,14 +88,14 @@ class Row:
       title: in the tables.
       modalities: that the model has.
       levels: of self-distillation that have a weight; none: the row is not trained.
-      alignment: whether modalities are aligned.
+      alignment: weight of the modalities' alignment; 0.1 in all configs.
       geo: whether the model has geo-prototypes.
     """
 
     title: str
     modalities: tuple[str, ...]
     levels: tuple[str, ...] = ()
-    alignment: bool = False
+    alignment: float = 0.0
     geo: bool = False
 
     @property
@@ -105,7 +105,7 @@ class Row:
             **SHORT,
             "model.modalities": list(self.modalities),
             **{f"objective.weights.{level}": WEIGHT * (level in self.levels) for level in LEVELS},
-            "objective.weights.alignment": ALIGNMENT * self.alignment,
+            "objective.weights.alignment": self.alignment,
             **({"model.prototypes": PROTOTYPES} if self.geo else {}),
         }
 
@@ -130,8 +130,9 @@ ROWS = {
     "object": Row("+ object level", ONE, LEVELS),
     "untrained_sar": Row("untrained, multispectral and SAR", TWO),
     "sar": Row("+ second modality (SAR)", TWO, LEVELS),
-    "alignment": Row("+ cross-modal alignment", TWO, LEVELS, alignment=True),
-    "geo": Row("+ geo-context", TWO, LEVELS, alignment=True, geo=True),
+    "alignment": Row("+ cross-modal alignment", TWO, LEVELS, alignment=0.1),
+    "geo": Row("+ geo-context", TWO, LEVELS, alignment=0.1, geo=True),
+    "alignment_10": Row("+ alignment at ten times its weight, no geo-context", TWO, LEVELS, alignment=1.0),
 }
 # Which features of which row are compared, seed by seed, with those of another.
 Side = tuple[str, str]
@@ -145,6 +146,8 @@ PAIRS: tuple[tuple[Side, Side], ...] = (
     (("alignment", FUSED), ("sar", FUSED)),
     (("geo", FUSED), ("alignment", FUSED)),
     (("geo", CONTEXT), ("geo", FUSED)),
+    (("geo", CONTEXT), ("alignment", FUSED)),
+    (("alignment_10", FUSED), ("sar", FUSED)),
 )
 
 

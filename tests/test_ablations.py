@@ -37,7 +37,7 @@ def test_heads_of_a_row_are_those_of_its_terms(row):
     assert ("alignment" in heads) == (row == "alignment")
 
 
-def test_only_the_last_row_has_prototypes():
+def test_only_the_row_of_geo_context_has_prototypes():
     named = [name for name in ablations.ROWS if load_config(SCRIPT, [f"row={name}"]).model.prototypes is not None]
     assert named == ["geo"]
 
