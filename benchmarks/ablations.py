@@ -48,7 +48,7 @@ BEGIN, END = "<!-- tables of benchmarks/ablations.py -->", "<!-- end of the tabl
 
 LEVELS = ("image", "pixel", "object")
 WEIGHT = 1.0  # of each level, as in configs/pretrain_sample.py
-# All cells together shall fit into half an hour of one core, half of it compilation.
+# All cells together shall fit into half an hour of one core.
 SHORT = {
     "steps": 120,
     "batch_size": 16,
