@@ -154,6 +154,7 @@ def _objective(size: Size) -> ml_collections.ConfigDict:
             # DINO and DINOv2 have 64 classes for each sample of the batch. Here that is 15,360 where a site has one
             # image a view, ten and twenty times that where it has a sequence: 32,768 in huge.
             "classes": classes,
+            "head_norm": "none",
             "head_hidden": hidden,  # DINO's, as is the bottleneck
             "head_bottleneck": bottleneck,
             "student_temperature": 0.1,  # DINO's, as is the next
@@ -190,6 +191,7 @@ def _optimizer() -> ml_collections.ConfigDict:
                 (r".*/(bias|scale|positions|dates|extra_token|class_token|logit_scale|temperature)", 0.0),
                 (r".*/(kernel|classes)", 1.0),
             ),
-            "teacher_momentum": 0.996,  # DINO's; the paper leaves it open
+            "teacher_momentum": 0.996,  # DINO's, as is the end; the paper leaves it open
+            "final_teacher_momentum": 1.0,
         }
     )

@@ -19,6 +19,8 @@ TINY = {
     "checkpoint.every": 3,
     "log.every": 1,
     "optimizer.warmup_steps": 2,
+    "optimizer.teacher_momentum": 0.99,
+    "optimizer.final_teacher_momentum": 1.0,
     "data.threads": 1,
     "data.prefetch": 1,
     "data.dates.multispectral": 2,
@@ -53,6 +55,7 @@ TINY = {
     "model.fusion.heads": 1,
     "objective.kind": "dino",  # with Sinkhorn-Knopp, classes and temperatures: more of the program than InfoNCE
     "objective.classes": 16,
+    "objective.head_norm": "none",  # every term by sample adds up over micro-batches
     "objective.head_hidden": 8,
     "objective.head_bottleneck": 8,
     "objective.pixel.tokens": 4,

@@ -144,7 +144,7 @@ def _origin(modality: str, key: str, table: Mapping[str, Any], row: int, importe
     if np.allclose(mean[0], table["mean"][row]) and np.allclose(std[0], table["std"][row]):
         return get_sensor(key).statistics_source
     if not imported:
-        return "those of its training; skyjax's table of sensors has others by now."
+        return "those of its training, which skyjax's table of sensors does not have."
     return f"{constants()[modality]['source']}; of bands that SkySense lacks, skyjax's table of sensors."
 
 
