@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
                 (r".*/(bias|scale|positions|dates|extra_token|class_token|logit_scale|temperature)", 0.0),
                 (r".*/(kernel|classes)", 1.0),
             ),
-            # EMA, cosine: a memory of 30 steps, then of 200. DINO's 0.996 would remember the start for half of this run.
+            # EMA, cosine: a memory of 30 steps, then of 200. DINO's 0.996 would remember half of this run.
             "teacher_momentum": 0.97,
             "final_teacher_momentum": 0.995,
         }

@@ -107,7 +107,9 @@ def _sample(
         "sar": _one_pixel(_decibels(radar), "sentinel1-grd", RADAR, days, name),
     }
     lonlat = np.array([table["lon"][row], table["lat"][row]], np.float32)
-    return Sample(sequences, lonlat, labels={"land_cover": np.array(land_cover, np.int16)}, id=name, source="worldcereal-pixels")
+    return Sample(
+        sequences, lonlat, labels={"land_cover": np.array(land_cover, np.int16)}, id=name, source="worldcereal-pixels"
+    )
 
 
 def _decibels(digital: Int[np.ndarray, "t 2"]) -> Float[np.ndarray, "t 2"]:

@@ -109,7 +109,7 @@ def test_a_bad_record_is_named_and_left_out(tmp_path, caplog):
 
 
 def test_a_folder_that_is_no_dataset(tmp_path):
-    with pytest.raises(UserError, match="holds neither images .* nor records"):
+    with pytest.raises(UserError, match=r"holds neither images .* nor records"):
         statistics.stats(tmp_path)
 
 
