@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from skyjax.errors import BadRecord
-from skyjax.input.build import FileSamples, channels_last, list_files, load_arrays, to_days
+from skyjax.input.build import FileSamples, channels_last, list_files, load_arrays
 from skyjax.sample import Sample, Sequence, make_sequence
 
 TITLE = "BioMassters: a year of monthly Sentinel-2 and Sentinel-1"
@@ -31,7 +31,7 @@ MONTHS = (
     *("September", "October", "November", "December", "January", "February", "March", "April", "May", "June"),
     *("July", "August"),
 )
-FIRST = (2019, 9)  # made up, see above
+FIRST = np.datetime64("2019-09")  # made up, see above
 NODATA = -9999
 GSD = 80
 
@@ -78,9 +78,5 @@ def _stack(
     }
     if not named:
         raise BadRecord(f'"{path}" has no month of {sensor}')
-    year, first = FIRST
-    dates = []
-    for month in named:
-        number = first - 1 + MONTHS.index(month)
-        dates.append((year + number // 12) * 10_000 + (number % 12 + 1) * 100 + 15)
-    return np.stack(list(named.values())), to_days(dates)
+    months = FIRST + np.array([MONTHS.index(month) for month in named])
+    return np.stack(list(named.values())), (months.astype("datetime64[D]") + 14).astype(np.int64)

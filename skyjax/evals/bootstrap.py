@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 RESAMPLES = 1000
+PERCENTILES = (2.5, 97.5)  # the ends of an interval
 _BLOCK = 4_000_000  # drawn indices held at a time
 
 
@@ -28,7 +29,7 @@ def interval(
         drawn = rng.integers(0, n, (min(step, resamples - start), n))
         below = denominator[drawn].sum(1)
         ratios.append(np.divide(numerator[drawn].sum(1), below, out=np.zeros(len(drawn)), where=below > 0))
-    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
+    low, high = np.percentile(np.concatenate(ratios), PERCENTILES)
     return float(low), float(high)
 
 

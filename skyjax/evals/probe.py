@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import rich.console
 import rich.table
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 
 import skyjax
 from skyjax.errors import UserError
@@ -247,10 +247,15 @@ def _add_row(
     else:
         confusion = np.zeros((len(classes), len(classes)), int)
         np.add.at(confusion, (truth, predicted), 1)
-        each = np.diag(confusion) / np.maximum(confusion.sum(1), 1)
+        each = recalls(confusion)
         if method == result["confusion_of"]:
             result["confusion"] = confusion.tolist()
     result["per_class"][method] = dict(zip(classes, each.tolist(), strict=True))
+
+
+def recalls(confusion: Shaped[np.ndarray, "k k"]) -> Float[np.ndarray, "k"]:
+    """Share of each true class that was said right; 0 for a class without examples."""
+    return np.diag(confusion) / np.maximum(confusion.sum(1), 1)
 
 
 def _settings(examples: LabelledSet, kind: str, seed: int) -> dict[str, Any]:

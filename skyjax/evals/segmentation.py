@@ -9,6 +9,7 @@ shuffled; and logistic regression on the raw series that the encoder saw.
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ import skyjax
 from skyjax.errors import UserError, nearest
 from skyjax.evals import blocks, linear, probe, series
 from skyjax.evals.blocks import METRICS, Pixels
-from skyjax.evals.bootstrap import RESAMPLES
+from skyjax.evals.bootstrap import PERCENTILES, RESAMPLES
 from skyjax.evals.features import FUSED, Encoder, untrained
 from skyjax.evals.probe import PRETRAINED, UNTRAINED
 from skyjax.evals.progress import track
@@ -33,7 +34,9 @@ SHUFFLED, SHUFFLED_SITE = "dates shuffled", "one date order a site"
 RAW, MEANS = "raw series", "raw means, no dates"
 # Every third C of the image probe: ten times as many fits are to be made here, on features that are less alike.
 INVERSE_PENALTIES = linear.INVERSE_PENALTIES[::3]
-_PERCENTILES = (2.5, 97.5)
+
+# The pixels that train while C is chosen, those it is chosen on, and those that train in the end.
+Parts = tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +106,12 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
     sites = open_sites(options)
     pixels = blocks.labelled_pixels(sites.labels, block=options.block)
     fold = blocks.deal(pixels, options.folds, options.seed)
+    parts = [_parts(pixels, fold, test, options) for test in range(options.folds)]
     features, seconds = _features(model, fresh, sites, pixels, options)
     tables, predicted, chosen, spent = {}, {}, {}, {}
     for name, rows in track(list(features.items()), len(features), "probes: segmentation"):
         start = time.perf_counter()
-        predicted[name], chosen[name] = _test_all(rows, pixels, fold, len(sites.classes), options)
+        predicted[name], chosen[name] = _test_all(rows, pixels, fold, parts, len(sites.classes))
         tables[name] = blocks.confusions(pixels, predicted[name], len(sites.classes))
         spent[name] = round(time.perf_counter() - start, 2)
     draws = {name: blocks.redraw(table, seed=options.seed) for name, table in tables.items()}
@@ -121,7 +125,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         "label": options.label,
         "metric": "score",
         "classes": list(sites.classes),
-        "sizes": _sizes(pixels, fold, options),
+        "sizes": _sizes(pixels, parts),
         "blocks": pixels.blocks,
         "rows": [
             {
@@ -136,7 +140,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
             for name in features
         ],
         "paired": paired,
-        "per_class": {accuracy: dict(zip(sites.classes, _shares(truth), strict=True))},
+        "per_class": {accuracy: dict(zip(sites.classes, probe.recalls(truth).tolist(), strict=True))},
         "confusion": truth.astype(int).tolist(),
         "confusion_of": accuracy,
         "features": {
@@ -198,13 +202,16 @@ def _features(
     size = _view_size(model, sites.samples)
     bands = {m: tuple(part.bands) for m, part in model.config.model.modalities.items() if m in size}
 
-    def encoded(encoder: Encoder, shuffle: str | None = None) -> list[np.ndarray]:
-        found = list(
+    @functools.lru_cache(maxsize=1)  # the trained and the untrained encoder see the same tiles
+    def tiles(shuffle: str | None) -> list[series.Tile]:
+        return list(
             series.tiles(
                 sites.samples, sites.labels, block=options.block, size=size, shuffle=shuffle, seed=options.seed
             )
         )
-        return series.model_features(encoder, found, sites.shapes, kind=options.modality)
+
+    def encoded(encoder: Encoder, shuffle: str | None = None) -> list[np.ndarray]:
+        return series.model_features(encoder, tiles(shuffle), sites.shapes, kind=options.modality)
 
     makers = {
         PRETRAINED: lambda: encoded(model),
@@ -246,15 +253,14 @@ def _test_all(
     features: Float[np.ndarray, "n d"],
     pixels: Pixels,
     fold: Int[np.ndarray, "blocks"],
+    parts: Sequence[Parts],
     num_classes: int,
-    options: Options,
 ) -> tuple[Int[np.ndarray, "n"], float]:
     """What is said of every pixel when its block is tested, and the C chosen, the median over folds."""
     predicted = np.full(len(features), -1)
     chosen = []
-    for test in range(options.folds):
+    for test, (inner, validation, again) in enumerate(parts):
         tested = fold[pixels.block] == test
-        inner, validation, again = _parts(pixels, fold, test, options)
         fit = linear.fit_lbfgs(
             linear.Part(features[inner], pixels.label[inner]),
             linear.Part(features[validation], pixels.label[validation]),
@@ -268,10 +274,8 @@ def _test_all(
     return predicted, float(np.median(chosen))
 
 
-def _parts(
-    pixels: Pixels, fold: Int[np.ndarray, "blocks"], test: int, options: Options
-) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """The pixels that train while C is chosen, those it is chosen on, and those that train in the end."""
+def _parts(pixels: Pixels, fold: Int[np.ndarray, "blocks"], test: int, options: Options) -> Parts:
+    """What trains and validates when the blocks of fold `test` are tested."""
 
     def beside(number: int) -> Bool[np.ndarray, "n"]:
         return blocks.near(pixels, fold == number, side=options.block, gap=options.gap)
@@ -289,15 +293,14 @@ def _parts(
     return inner, validation, again
 
 
-def _sizes(pixels: Pixels, fold: Int[np.ndarray, "blocks"], options: Options) -> dict[str, int]:
+def _sizes(pixels: Pixels, parts: Sequence[Parts]) -> dict[str, int]:
     """Pixels a part; of training and validation the mean over folds."""
-    parts = [_parts(pixels, fold, test, options) for test in range(options.folds)]
     inner, validation, _ = (round(float(np.mean([part.sum() for part in each]))) for each in zip(*parts, strict=True))
     return {"train": inner, "val": validation, "test": len(pixels.label)}
 
 
 def _interval(value: np.ndarray, draws: np.ndarray) -> dict[str, float]:
-    low, high = np.percentile(draws, _PERCENTILES)
+    low, high = np.percentile(draws, PERCENTILES)
     return {"accuracy": float(value), "low": float(low), "high": float(high)}
 
 
@@ -320,10 +323,6 @@ def _sentence(each: Mapping[str, Any]) -> str:
         f"{PRETRAINED} minus {each['baseline']}, {each['metric']}: {100 * each['difference']:+.1f} points"
         f" (95 % interval {ends}){verdict}"
     )
-
-
-def _shares(confusion: Float[np.ndarray, "k k"]) -> list[float]:
-    return (np.diag(confusion) / np.maximum(confusion.sum(1), 1)).tolist()
 
 
 def _maps(sites: Sites, pixels: Pixels, predicted: Int[np.ndarray, "n"]) -> list[dict[str, Any]]:

@@ -140,7 +140,8 @@ def test_a_feature_of_the_block_alone_is_worth_nothing(dataset):
     pixels = blocks.labelled_pixels(sites.labels, block=8)
     fold = blocks.deal(pixels, options.folds, 0)
     features = np.eye(pixels.blocks, dtype=np.float32)[pixels.block]
-    said, _ = segmentation._test_all(features, pixels, fold, 2, options)
+    parts = [segmentation._parts(pixels, fold, test, options) for test in range(options.folds)]
+    said, _ = segmentation._test_all(features, pixels, fold, parts, 2)
     assert (said == pixels.label).mean() < 0.6
 
 
