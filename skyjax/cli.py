@@ -78,6 +78,7 @@ def _add_train(verbs: Any) -> None:
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.config import load_config
     from skyjax.evals.report import write_report
+    from skyjax.parallel import distributed
     from skyjax.train import loop
 
     config = load_config(options.config, overrides)
@@ -86,6 +87,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if options.workdir is None:
         raise UserError("train: --workdir=DIR is missing; it gets config, metrics, checkpoints and report")
+    distributed.initialise()
     return loop.train(config, options.workdir, report=write_report)
 
 
