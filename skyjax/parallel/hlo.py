@@ -26,11 +26,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from skyjax.parallel.hlo_memory import (
     FREE_CALLS,
     Buffer,
+    OutOfMemory,
     declared_cost,
     elements,
     hbm_bytes,
     is_continued,
     largest_buffers,
+    parse_out_of_memory,
 )
 from skyjax.parallel.hlo_text import (
     COLLECTIVES,
@@ -43,6 +45,8 @@ from skyjax.parallel.hlo_text import (
     replica_groups,
     trip_count,
 )
+
+__all__ = ["Buffer", "Collective", "OutOfMemory", "Program", "Traffic", "analyse", "parse_out_of_memory"]
 
 LARGEST = 20  # collectives that are listed
 # Of one transfer between slices, per byte sent: (all-reduce's two rounds, and what an all-gather receives).

@@ -1,7 +1,7 @@
 """What the instructions of a compiled program move in HBM, and what lies there.
 
-In: a `Module` (hlo_text.py). Out: bytes read and written by one instruction of the schedule, and the largest buffers.
-What counts and what does not: hlo.py.
+In: a `Module` (hlo_text.py), or the compiler's message that memory ran out. Out: bytes read and written by one
+instruction of the schedule, and the largest buffers. What counts and what does not: hlo.py.
 """
 
 import dataclasses
@@ -28,6 +28,42 @@ class Buffer:
     shape: str
     bytes: int
     op_name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfMemory:
+    """Why a program was not compiled. `memory`: which ran out, "hbm" or "vmem"; `buffers`: what the message lists."""
+
+    memory: str
+    needed_bytes: int
+    limit_bytes: int
+    buffers: tuple[Buffer, ...]
+
+
+def parse_out_of_memory(message: str) -> OutOfMemory | None:
+    """What XLA's message says that a program needs and has; None where it is about something else.
+
+    libtpu often finds early that HBM runs out and lists no buffers. The same program compiles with the option
+    `xla_tpu_no_crash_on_oom=true`; the largest buffers and the peak can then be read from it.
+    """
+    if found := re.search(r"required for HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message):
+        return OutOfMemory("hbm", _amount(found[1]), _amount(found[2]), ())
+    found = re.search(r"in memory space (\w+)\. Used ([\d.]+\w) of ([\d.]+\w) ", message)
+    if found is None:
+        return None
+    buffers = []
+    for entry in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        label = re.search(r"XLA label: (?:%?(\S+) = )?", entry)
+        shape, op_name = re.search(r"Shape: ([^{\s]*)", entry), re.search(r'op_name="([^"]*)"', entry)
+        buffers.append(
+            Buffer(
+                name=(label[1] if label else None) or "unnamed",
+                shape=shape[1] if shape else "",
+                bytes=_amount(entry.split()[0]),
+                op_name=op_name[1] if op_name else "",
+            )
+        )
+    return OutOfMemory(found[1], _amount(found[2]), _amount(found[3]), tuple(buffers))
 
 
 def hbm_bytes(module: Module, computation: Computation, at: Instruction) -> int:
@@ -172,6 +208,12 @@ def _result(at: Instruction) -> Shape:
     if at.opcode in ("send", "recv") and isinstance(at.shape, tuple):
         return at.shape[0] if at.opcode == "recv" else ()
     return at.shape
+
+
+def _amount(text: str) -> int:
+    """ "15.75G" in bytes, as far as two places tell."""
+    units = {"B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+    return round(float(text[:-1]) * 2 ** units[text[-1]])
 
 
 def largest_buffers(module: Module) -> tuple[Buffer, ...]:
