@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 RUN := runs/pretrain_sample
 RECORDS := runs/records
 SLOW_PARTS := train
-SOURCES := triples worldcereal worldcereal_pixels benv2 pastis treesatai flair2
+SOURCES := triples worldcereal worldcereal_pixels worldcereal_monthly cropharvest benv2 pastis treesatai flair2
 
 .PHONY: env pretrain records test test-slow lint format lock
 

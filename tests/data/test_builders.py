@@ -7,6 +7,8 @@ import pathlib
 import numpy as np
 import pyarrow.parquet
 import pytest
+import rasterio
+import rasterio.transform
 from numpy.testing import assert_allclose, assert_array_equal
 
 from skyjax.input.build import load_builder
@@ -17,12 +19,15 @@ COUNTS = {
     "triples": 4,
     "worldcereal": 2,
     "worldcereal_pixels": 150,
+    "worldcereal_monthly": 1,
+    "cropharvest": 1,
     "benv2": 15,
     "pastis": 5,
     "treesatai": 2,
     "flair2": 1,
 }
 NAMES = tuple(COUNTS)
+PLACELESS = ("worldcereal_monthly",)  # no position is given
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +51,11 @@ def test_every_file_becomes_a_sample_of_the_contract(built, name):
     assert module.LICENCE
     assert module.ATTRIBUTION
     for sample in built[name]:
-        assert -180 <= sample.lonlat[0] <= 180
-        assert -90 <= sample.lonlat[1] <= 90
+        if name in PLACELESS:
+            assert np.isnan(sample.lonlat).all()
+        else:
+            assert -180 <= sample.lonlat[0] <= 180
+            assert -90 <= sample.lonlat[1] <= 90
         for sequence in sample.sequences.values():
             assert sequence.valid.any()
             assert sequence.clear.mean() > 0.2
@@ -211,6 +219,91 @@ def test_biomassters(tmp_path):
     assert_array_equal(band(radar, "VH")[3, 1:], arrays["f00d_S1_February"][3, 1:])
     assert not radar.clear[:, 0, 0].any()
     assert np.isnan(sample.lonlat).all()
+
+
+def test_monthly_composites(built):
+    (sample,) = built["worldcereal_monthly"]
+    image, radar = sample.sequences["multispectral"], sample.sequences["sar"]
+    source = arrays("worldcereal_monthly", "monthly_100x100")
+    assert image.values.shape == (12, 100, 100, 9)
+    assert "B8A" not in image.bands
+    assert np.flatnonzero(~image.valid).tolist() == [1, 2]  # December and January, all clouded
+    assert str(np.datetime64(int(image.days[0]), "D")) == "2020-11-15"
+    assert_array_equal(band(image, "B11")[7], source["s2"][7, 7])
+    assert_array_equal(image.clear, ((source["s2"] != 65_535) & (source["s2"] > 0)).all(1))
+    assert_allclose(band(radar, "VH")[3], 20 * np.log10(source["s1_raw"][3, 1].astype(np.float64)) - 83, rtol=1e-5)
+    # Bands of 20 m stand twice, those of 10 m don't: which is which shows in the order of bands.
+    repeated = {b for b in image.bands if (band(image, b)[7, ::2] == band(image, b)[7, 1::2]).all()}
+    assert repeated == {"B05", "B06", "B07", "B11", "B12"}
+    summer = {b: band(image, b)[8].mean(dtype=float) for b in image.bands}  # July: fields in leaf
+    assert summer["B08"] > 2 * summer["B04"]
+    assert summer["B07"] > summer["B06"] > summer["B05"]
+
+
+def test_cropharvest(built):
+    (sample,) = built["cropharvest"]
+    image, radar = sample.sequences["multispectral"], sample.sequences["sar"]
+    (path,) = (DATA / "sample" / "cropharvest").glob("*.tif")
+    with rasterio.open(path) as file:
+        layers = file.read()
+    assert image.sensor == "sentinel2-l1c"
+    # 17 layers a month: VV, VH, thirteen bands of Sentinel-2, two of weather.
+    assert_allclose(band(image, "B01")[0], layers[2])
+    assert_allclose(band(image, "B12")[11], layers[11 * 17 + 14], rtol=1e-6)
+    assert_allclose(band(image, "B8A")[5], layers[5 * 17 + 10], rtol=1e-6)
+    assert_allclose(band(radar, "VH")[1], layers[17 + 1], rtol=1e-6)
+    days = [str(np.datetime64(int(day), "D")) for day in (image.days[0], image.days[-1])]
+    assert days == ["2019-02-21", "2020-01-17"]  # the middles of the first and the last 30 days of 2019-02-06 + 360
+    assert sample.lonlat.tolist() == pytest.approx([1.4228, 7.7195], abs=1e-3)  # Togo
+
+
+def geotiff(path, values, *, epsg=32633, left=404_400, top=5_342_400, gsd=10, **tags):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count, height, width = values.shape
+    transform = rasterio.transform.from_origin(left, top, gsd, gsd)
+    form = {"count": count, "height": height, "width": width, "dtype": values.dtype, "transform": transform}
+    with rasterio.open(path, "w", driver="GTiff", crs=f"EPSG:{epsg}", **form) as file:
+        file.write(values)
+        file.update_tags(**tags)
+
+
+def test_bigearthnet_v1(tmp_path):
+    rng = np.random.default_rng(0)
+    one, two = "S2A_MSIL2A_20170613T101031_87_48", "S1A_IW_GRDH_1SDV_20170614T165043_33UUP_87_48"
+    folders = tmp_path / "BigEarthNet-S2-Example" / one, tmp_path / "BigEarthNet-S1-Example" / two
+    optical = {}
+    for name in get_sensor("sentinel2-l2a").names:
+        gsd = {"B01": 60, "B09": 60, **dict.fromkeys(("B05", "B06", "B07", "B8A", "B11", "B12"), 20)}.get(name, 10)
+        optical[name] = rng.integers(500, 3000, (1, 1200 // gsd, 1200 // gsd)).astype(np.uint16)
+        geotiff(folders[0] / f"{one}_{name}.tif", optical[name], gsd=gsd)
+    radar = rng.normal(-15, 2, (2, 1, 120, 120)).astype(np.float32)
+    for name, values in zip(("VV", "VH"), radar, strict=True):
+        geotiff(folders[1] / f"{two}_{name}.tif", values)
+    (folders[0] / f"{one}_labels_metadata.json").write_text(json.dumps({"acquisition_date": "2017-06-13 10:10:31"}))
+    about = {"corresponding_s2_patch": one, "acquisition_time": "2017-06-14T16:50:43"}
+    (folders[1] / f"{two}_labels_metadata.json").write_text(json.dumps(about))
+    (sample,) = load_builder(DATA / "bigearthnet.py").samples(tmp_path)
+    image, sar = sample.sequences["multispectral"], sample.sequences["sar"]
+    assert [str(np.datetime64(int(s.days[0]), "D")) for s in (image, sar)] == ["2017-06-13", "2017-06-14"]
+    assert_array_equal(band(image, "B08")[0], optical["B08"][0])
+    assert_array_equal(band(image, "B11")[0, 1::2, ::2], optical["B11"][0])
+    assert_array_equal(band(image, "B01")[0, ::6, 5::6], optical["B01"][0])
+    assert_array_equal(band(sar, "VH")[0], radar[1, 0])
+    assert sample.lonlat.tolist() == pytest.approx([13.72, 48.22], abs=0.01)  # UTM 33 north, worked out by hand
+
+
+def test_terramesh(tmp_path):
+    rng = np.random.default_rng(0)
+    optical = rng.integers(500, 3000, (12, 224, 224)).astype(np.int16)
+    radar = rng.normal(-15, 2, (2, 224, 224)).astype(np.float32)
+    geotiff(tmp_path / "S2L2A" / "a.tif", optical)
+    geotiff(tmp_path / "S1RTC" / "a.tif", radar, datetime="2020-04-11T23:43:09.000000000")
+    geotiff(tmp_path / "LULC" / "a.tif", optical[:1], datetime="2020-04-08T14:37:29.000000000")
+    (sample,) = load_builder(DATA / "terramesh.py").samples(tmp_path)
+    image, sar = sample.sequences["multispectral"], sample.sequences["sar"]
+    assert [str(np.datetime64(int(s.days[0]), "D")) for s in (image, sar)] == ["2020-04-08", "2020-04-11"]
+    assert_array_equal(band(image, "B11")[0], optical[10])  # Level-2A has no B10
+    assert_array_equal(band(sar, "VH")[0], radar[1])
 
 
 def test_bigearthnet_in_both_forms(built):
