@@ -8,9 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from skyjax.errors import UserError, nearest
-
-EXIT_USER_ERROR = 2
+from skyjax.errors import EXIT_USER_ERROR, UserError, nearest
 
 Verb = Callable[[argparse.Namespace, list[str]], int]
 
@@ -72,13 +70,13 @@ def _add_train(verbs: Any) -> None:
     )
     train.add_argument("--config", required=True, help="a Python file with get_config(); --config.KEY=VALUE overrides")
     train.add_argument("--workdir", type=pathlib.Path, help="gets config, metrics, checkpoints and report")
+    train.add_argument("--profile", default="", metavar="FIRST:LAST", help="trace these steps into WORKDIR/profile")
     train.add_argument("--dry-run", action="store_true", help="print config and parameter table; allocate nothing")
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.config import load_config
     from skyjax.evals.report import write_report
-    from skyjax.parallel import distributed
     from skyjax.train import loop
 
     config = load_config(options.config, overrides)
@@ -87,8 +85,7 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if options.workdir is None:
         raise UserError("train: --workdir=DIR is missing; it gets config, metrics, checkpoints and report")
-    distributed.initialise()
-    return loop.train(config, options.workdir, report=write_report)
+    return loop.train(config, options.workdir, report=write_report, profile=options.profile)
 
 
 def _add_eval(verbs: Any, verb: str) -> None:

@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+EXIT_USER_ERROR = 2
+
 
 class UserError(Exception):
     """A user's mistake. The command line prints its message without a traceback and exits with 2."""

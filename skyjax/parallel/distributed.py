@@ -34,6 +34,8 @@ def initialise(environment: Mapping[str, str] = os.environ) -> str:
     found = kind(environment)
     # jax chooses the collectives of CPU processes by this; without a cluster it is never looked at.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler of SIGTERM would replace that of train/preemption.py, and ends nothing while the step compiles.
+    jax.config.update("jax_enable_preemption_service", False)
     if found == "environment":
         coordinator, processes, process = explicit(environment)
         jax.distributed.initialize(

@@ -22,6 +22,8 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from skyjax.errors import UserError
@@ -176,17 +178,27 @@ def load(checkpoint: pathlib.Path, abstract: Any, *, partial: bool = False) -> A
       abstract: tree of jax.ShapeDtypeStruct whose shardings say where the arrays go.
       partial: whether `abstract` names a part only.
 
+    Arrays that lie across processes are read by all of them together, others by this process alone.
+
     Raises:
-      UserError: it is damaged or has another structure.
+      UserError: it is damaged or has another structure; on all processes that read it, if on one.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
+    # Each process reads its own part. With Orbax' barriers, those that can read wait minutes for one that cannot.
+    context.multiprocessing.active_processes = {jax.process_index()}
+    context.multiprocessing.primary_host = jax.process_index()
+    state, expected, failed = None, {}, None
     try:
         with context, _quiet():
             state = ocp.load(checkpoint.absolute(), abstract)
+        expected = read_notes(checkpoint)["checksums"]
     except Exception as error:  # tensorstore, Orbax and asyncio raise what they like on damaged files
-        raise UserError(f'checkpoint: "{checkpoint}" is damaged: {_first_line(error)}') from error
-    expected = read_notes(checkpoint)["checksums"]
+        failed = error
+    is_shared = any(not leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(abstract) if leaf.sharding)
+    if failed or (is_shared and _somewhere(failed is not None)):
+        reason = _first_line(failed) if failed else "another process cannot read it"
+        raise UserError(f'checkpoint: "{checkpoint}" is damaged: {reason}') from failed
     wrong = [path for path, value in checksums(state).items() if value != expected.get(path)]
     if wrong:
         raise UserError(f'checkpoint: "{checkpoint}" is damaged: "{wrong[0]}" is not what was written')
@@ -213,14 +225,31 @@ def restore_newest(folder: pathlib.Path, abstract: Any, config: ml_collections.C
         except UserError as error:
             damaged.append((step, error))
             continue
-        assert int(state["step"]) == notes["step"] == step, (int(state["step"]), notes["step"], step)
-        assert notes["position"] == step * config.batch_size, (notes["position"], step, config.batch_size)
+        _check_position(state, notes, step, config.batch_size)
         for bad, reason in damaged:
             log.warning("%s; going on from step %d; moved to %s", reason, step, _move_aside(folder / str(bad)))
         return state, notes
     if damaged:
         raise UserError(f'{damaged[0][1]}; no other checkpoint of "{folder}" can be read; start in another --workdir')
     return None
+
+
+def _check_position(state: Any, notes: Notes, step: int, batch_size: int) -> None:
+    """Holds what was restored to be of one step: the state, its optimizer and the position in the data.
+
+    That every array is what was written, `load` has found by checksums.
+    """
+    assert int(state["step"]) == notes["step"] == step, (int(state["step"]), notes["step"], step)
+    assert notes["position"] == step * batch_size, (notes["position"], step, batch_size)
+    updates = step - int(state["counters"]["skipped"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"]):
+        if path_name(path).endswith("count"):
+            assert int(leaf) == updates, (path_name(path), int(leaf), updates)
+
+
+def _somewhere(here: bool) -> bool:
+    """Whether it is so on any process; all must call it."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
 class ConfigDiffers(UserError):
@@ -250,13 +279,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _move_aside(checkpoint: pathlib.Path) -> pathlib.Path:
+    """The first process does it while the others wait."""
     folder = checkpoint.parent.with_suffix(".damaged")
-    folder.mkdir(exist_ok=True)
     number, target = 0, folder / checkpoint.name
     while target.exists():
         number += 1
         target = folder / f"{checkpoint.name}.{number}"
-    return checkpoint.rename(target)
+    multihost_utils.sync_global_devices("all have looked for the name")
+    if jax.process_index() == 0:
+        folder.mkdir(exist_ok=True)
+        checkpoint.rename(target)
+    multihost_utils.sync_global_devices("moved")
+    return target
 
 
 def _first_line(error: BaseException) -> str:

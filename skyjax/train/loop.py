@@ -14,6 +14,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,14 +28,17 @@ from skyjax.config import to_json
 from skyjax.errors import UserError
 from skyjax.input.loader import Loader, device_batches
 from skyjax.models.parameters import parts, show, table
-from skyjax.parallel import flops
+from skyjax.parallel import distributed, flops
 from skyjax.parallel.mesh import make_mesh
 from skyjax.parallel.sharding import batch_sharding, check_batch_size, replicated, state_shardings, with_shardings
 from skyjax.sensors import statistics
 from skyjax.train import checkpoint
 from skyjax.train import state as states
+from skyjax.train.goodput import Device, Ledger, summary
+from skyjax.train.hosts import Hosts, compile_together, fingerprint, leave_when_broken, share_of_batch
 from skyjax.train.metrics import Journal, cannot_write, is_due
 from skyjax.train.preemption import EXIT_PREEMPTED, Preemption
+from skyjax.train.profiling import Profiler, parse_window
 from skyjax.train.step import Metrics, make_step
 from skyjax.train.watchdog import Watchdog
 
@@ -44,7 +48,9 @@ EXIT_DONE, EXIT_FAILED = 0, 1
 ABOUT_THE_RUN = ("git", "hardware", "command")  # in versions.json, beside versions of packages
 NONFINITE_LIMIT = 10  # updates skipped in a row that end a run
 
-Evaluator = Callable[[states.State, int], Mapping[str, float]]
+# (state, step, stop) -> numbers. It runs on all processes. It calls `stop` every few seconds, on all processes alike;
+# once that is true, its numbers are not wanted any more.
+Evaluator = Callable[[states.State, int, Callable[[], bool]], Mapping[str, float]]
 
 
 def train(
@@ -53,69 +59,113 @@ def train(
     *,
     evaluators: Sequence[Evaluator] = (),
     report: Callable[[pathlib.Path], Any] | None = None,
+    profile: str = "",
 ) -> int:
     """Trains to `config.steps`; goes on from the newest checkpoint where `workdir` holds one.
 
+    Where the environment names several processes (parallel/distributed.py), all of them call this alike with one
+    `workdir` that all can read and write. The first writes metrics and reports, all write their part of a checkpoint.
+
     Args:
       config: the experiment.
-      workdir: gets config.json, versions.json, metrics.jsonl, tensorboard/ and checkpoints/.
+      workdir: gets config.json, versions.json, metrics.jsonl, goodput.json, tensorboard/ and checkpoints/.
       evaluators: called every `config.eval.every` steps with the state and the step; their numbers join that step's
         line of metrics.jsonl. One that fails is named in a warning and the run goes on.
       report: called with `workdir` when training is done.
+      profile: "FIRST:LAST", the steps to trace into profile/; "" for none.
 
     Returns:
       The exit code: 0 done, 75 preempted with everything saved, 1 after NONFINITE_LIMIT skipped updates in a row (the
       last good checkpoint stays). A hang ends the process with 124.
 
     Raises:
-      UserError: config, data, workdir or checkpoints are not usable, or the disk is full.
+      UserError: config, data, workdir, environment or checkpoints are not usable, or the disk is full.
     """
     with contextlib.ExitStack() as stack:
         preemption = stack.enter_context(Preemption())
         watchdog = stack.enter_context(Watchdog(config.watchdog.seconds))
+        profiler = stack.enter_context(Profiler(parse_window(profile, config.steps) if profile else None, workdir))
+        began = time.monotonic()
+        distributed.initialise()  # below the two above: a peer that never comes is a hang, and SIGTERM may come first
+        stack.enter_context(leave_when_broken())
+        is_first = jax.process_index() == 0
+        ledger = Ledger(workdir if is_first else None, began)
         mesh = make_mesh(config.mesh)
         check_batch_size(config.batch_size, config.micro_batches, mesh)
         state, loader, notes = start(config, workdir, mesh)
+        ledger.resume(notes["step"], notes.get("goodput"))
         stack.callback(loader.close)
         batches = stack.enter_context(contextlib.closing(device_batches(loader, batch_sharding(mesh))))
         writer = stack.enter_context(checkpoint.CheckpointWriter(workdir, config.checkpoint))
-        journal = stack.enter_context(Journal(config, workdir, notes["step"], notes["seconds"]))
+        journal = stack.enter_context(Journal(config, workdir, notes["step"], notes["seconds"], quiet=not is_first))
+        device = stack.enter_context(Device())
+        hosts = Hosts(mesh, lambda: preemption.requested)
         stack.enter_context(jax.set_mesh(mesh))
         train_step = jit_step(config, notes["statistics"], state, mesh)
 
         def save() -> None:
             journal.finish()
-            writer.save(state, {**notes, "step": step, "position": position, "seconds": journal.clock.seconds})
+            goodput = ledger.totals(step)
+            with ledger.measure("checkpoint"):
+                told = {"step": step, "position": position, "seconds": journal.clock.seconds, "goodput": goodput}
+                writer.save(state, notes | told)
+
+        def end(code: int) -> int:
+            with ledger.measure("checkpoint"):
+                writer.wait()
+            ledger.write(step)
+            journal.say(summary(ledger.totals(step)))
+            return code
+
+        def stop() -> bool:
+            watchdog.beat()
+            return hosts.ask()
 
         step, position, saved = notes["step"], notes["position"], notes["step"]
+        ledger.turn_to("step")
         while True:
-            if preemption.requested:
+            if hosts.stop:
                 if step != saved:
                     save()
-                writer.wait()
-                return EXIT_PREEMPTED
+                return end(EXIT_PREEMPTED)
             if is_due(config.eval.every, step) and step != notes["step"]:
-                journal.add(evaluate(evaluators, state, step))
-                watchdog.beat()
+                with ledger.measure("evaluate"):
+                    journal.add(evaluate(evaluators, state, step, stop))
+                if hosts.stop:
+                    continue
             if (is_due(config.checkpoint.every, step) or step == config.steps) and step != saved:
                 save()
                 saved = step
             if step >= config.steps:
                 break
-            position, batch = next(batches)
-            state, metrics = train_step(state, batch)
+            with ledger.waiting_for_data(device):
+                position, batch = next(batches)
+            hosts.ready()
+            is_new = step == notes["step"]
+            with ledger.measure("compile" if is_new else "step"), profiler.step(step + 1, state):
+                train_step = compile_together(train_step, state, batch) if is_new else train_step
+                state, metrics = train_step(state, batch)
             step += 1
             preemption.something_to_save()
+            device.dispatched(metrics)
+            if is_due(config.log.every, step):
+                metrics = {**metrics, "samples": fingerprint(batch)}
+                ledger.write(step)
             if journal.log(step, metrics) >= NONFINITE_LIMIT:
                 journal.say(
                     f"skyjax: loss or gradient was not finite in {NONFINITE_LIMIT} steps in a row; the last good"
                     f" checkpoint is that of step {saved}. Lower optimizer.learning_rate, or look at the data there"
                 )
-                return EXIT_FAILED
+                return end(EXIT_FAILED)
+            hosts.report()
+            if is_due(config.log.every, step) and (slow := hosts.slow()):
+                journal.say(f"step {step}: {slow}")
+                journal.add(slow.numbers)
             loader.check_bad()
             watchdog.beat()
-        writer.wait()
-    if report is not None:
+        end(EXIT_DONE)
+    jax.distributed.shutdown()  # before the report, which the other processes need not wait for
+    if report is not None and is_first:
         report(workdir)
     return EXIT_DONE
 
@@ -139,10 +189,11 @@ def start(
         if other:
             log.warning("this run was begun with %s; numbers may differ in the last bits", ", ".join(other))
     notes |= {"config": json.loads(to_json(config)), "versions": now}
-    loader = Loader(
-        config, position=notes["position"], process_index=jax.process_index(), process_count=jax.process_count()
-    )
-    write_files(workdir, {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)})
+    share, shares = share_of_batch(mesh)
+    loader = Loader(config, position=notes["position"], process_index=share, process_count=shares)
+    if jax.process_index() == 0:
+        files = {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)}
+        write_files(workdir, files)
     return restored[0] if restored else states.create(config, mesh), loader, notes
 
 
@@ -193,12 +244,16 @@ def statistics_table(model: ml_collections.ConfigDict) -> dict[str, dict[str, An
     return tables
 
 
-def evaluate(evaluators: Sequence[Evaluator], state: states.State, step: int) -> dict[str, float]:
-    """The numbers of all evaluators; one that fails costs a warning, not the run."""
+def evaluate(
+    evaluators: Sequence[Evaluator], state: states.State, step: int, stop: Callable[[], bool]
+) -> dict[str, float]:
+    """The numbers of all evaluators until `stop`; one that fails costs a warning, not the run."""
     numbers: dict[str, float] = {}
     for evaluator in evaluators:
+        if stop():
+            break
         try:
-            numbers |= evaluator(state, step)
+            numbers |= evaluator(state, step, stop)
         except Exception as error:
             log.warning("step %d: an evaluation failed, training goes on: %r", step, error)
     return numbers

@@ -182,13 +182,16 @@ class Journal:
       workdir: folder of the run.
       step: the step that the run goes on from.
       seconds: of training until then.
+      quiet: whether another process of the run writes and speaks. The numbers are read all the same.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int, seconds: float) -> None:
+    def __init__(
+        self, config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int, seconds: float, quiet: bool = False
+    ) -> None:
         self.clock = Clock(seconds)
         self._config = config
-        self._files = MetricsFiles(workdir, step)
-        self._progress = ProgressLine(config.steps, step)
+        self._files = None if quiet else MetricsFiles(workdir, step)
+        self._progress = ProgressLine(config.steps, step, Console(stderr=True, quiet=quiet))
         self._held: tuple[int, Mapping[str, Any]] | None = None
         self._added: dict[str, float] = {}
         self._nonfinite_in_a_row = 0
@@ -227,8 +230,9 @@ class Journal:
     def _write(self, step: int, values: dict[str, float]) -> None:
         speed = self.clock.steps_per_second(step)
         values |= {"samples_per_second": speed * self._config.batch_size, "seconds": self.clock.seconds}
-        self._files.write(step, values)
-        self._files.flush()
+        if self._files:
+            self._files.write(step, values)
+            self._files.flush()
         self._progress.log(step, values["loss"], speed, self._config.batch_size)
         self._watch_collapse(step, values)
 
@@ -266,7 +270,8 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self._progress.__exit__()
-        self._files.close()
+        if self._files:
+            self._files.close()
 
 
 def is_due(every: int, step: int) -> bool:

@@ -34,7 +34,12 @@ def make_config(**changes):
 
 def make_state(step):
     values = jax.random.normal(jax.random.key(step), (300, 40))
-    return {"step": jnp.int32(step), "params": {"kernel": values, "bias": jnp.zeros(3)}, "optimizer": (values * 2, ())}
+    return {
+        "step": jnp.int32(step),
+        "params": {"kernel": values, "bias": jnp.zeros(3)},
+        "optimizer": {"0": values * 2, "count": jnp.int32(step - 1)},
+        "counters": {"skipped": jnp.int32(1)},
+    }
 
 
 def abstract():
@@ -205,4 +210,11 @@ def test_no_space_while_writing_is_told(tmp_path):
 def test_notes_are_json_that_others_can_read(folder):
     notes = json.loads((folder / "5" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert notes["position"] == 20
-    assert set(notes["checksums"]) == {"step", "params/kernel", "params/bias", "optimizer/0"}
+    assert set(notes["checksums"]) == {
+        "step",
+        "params/kernel",
+        "params/bias",
+        "optimizer/0",
+        "optimizer/count",
+        "counters/skipped",
+    }
