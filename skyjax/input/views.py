@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from skyjax.errors import BadRecord, UserError
+from skyjax.input.dates import deal_dates, drop_for_student
 from skyjax.input.resample import Axis, cut
 from skyjax.sample import MODALITIES, Images, Sample
 from skyjax.sample import Sequence as Stored
@@ -63,6 +64,7 @@ class Plan:
 
     `same_dates` samples in a row of the global order draw their dates alike, so that crops of one site have the same
     dates. Where each crop has its own, which dates they are tells it from all others, and nothing else need be learned.
+    With `dates_apart` the global views share no date; see dates.py. A local view has dates of the view that it lies in.
     """
 
     modalities: Mapping[str, Modality]
@@ -71,6 +73,7 @@ class Plan:
     drop_date: float
     drop_modality: float
     same_dates: int = 1
+    dates_apart: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +147,15 @@ def plan_views(data: ml_collections.ConfigDict, model: ml_collections.ConfigDict
     same_dates = data.get("same_dates", 1)
     if not isinstance(same_dates, int) or same_dates < 1:
         raise UserError(f"config: data.same_dates is {same_dates}; set it to 1 or more samples")
-    return Plan(modalities, groups, int(augment.date_jitter), augment.drop_date, augment.drop_modality, same_dates)
+    return Plan(
+        modalities,
+        groups,
+        int(augment.date_jitter),
+        augment.drop_date,
+        augment.drop_modality,
+        same_dates,
+        bool(data.get("dates_apart", False)),
+    )
 
 
 def _check_bands(name: str, modality: Modality) -> None:
@@ -211,7 +222,13 @@ def make_views(sample: Sample, plan: Plan, seed: int, index: int) -> dict[str, A
     crops = _draw_crops(rng, plan, present, ground)
     of_dates = rng if plan.same_dates == 1 else np.random.default_rng((seed, index // plan.same_dates, _DATES))
     dates = {
-        m: np.sort(of_dates.permutation(np.flatnonzero(sequence.valid))[: plan.groups["global"].dates[m]])
+        m: deal_dates(
+            of_dates,
+            np.flatnonzero(sequence.valid),
+            slots=plan.groups["global"].dates[m],
+            views=GLOBAL_VIEWS,
+            apart=plan.dates_apart,
+        )
         for m, sequence in present.items()
     }
     views: dict[str, Any] = {
@@ -223,7 +240,7 @@ def make_views(sample: Sample, plan: Plan, seed: int, index: int) -> dict[str, A
         images = {
             m: _images(rng, m, present.get(m), dates.get(m), plan, group, crops[name], ground) for m in plan.modalities
         }
-        _drop_for_student(rng, images, plan)
+        drop_for_student(rng, images, drop_date=plan.drop_date, drop_modality=plan.drop_modality)
         views[name] = {"to_view": np.stack([crop.to_view for crop in crops[name]]).astype(np.float32), **images}
     return views
 
@@ -328,7 +345,7 @@ def _images(
     rng: np.random.Generator,
     modality: str,
     sequence: Stored | None,
-    dates: Int[np.ndarray, "n"] | None,
+    dates: list[Int[np.ndarray, "n"]] | None,
     plan: Plan,
     group: Views,
     crops: Sequence[Crop],
@@ -352,7 +369,8 @@ def _images(
     slot, source = band_positions(sequence.sensor, sequence.bands, wanted.bands)
     images["bands"][slot] = True
     for view, crop in enumerate(crops):
-        chosen = np.sort(rng.permutation(dates)[:slots]) if len(dates) > slots else dates
+        own = dates[view % GLOBAL_VIEWS]
+        chosen = np.sort(rng.permutation(own)[:slots]) if len(own) > slots else own
         n = len(chosen)
         rows = Axis(*window(sequence, ground, crop.top, crop.bottom, 0), size)
         columns = Axis(*window(sequence, ground, crop.left, crop.right, 1), size)
@@ -379,22 +397,3 @@ def band_positions(
     stored = {find(name): position for position, name in enumerate(bands)}
     found = [(slot, stored[find(name)]) for slot, name in enumerate(wanted) if find(name) in set(stored) - {None}]
     return np.array([slot for slot, _ in found], int), np.array([source for _, source in found], int)
-
-
-def _drop_for_student(rng: np.random.Generator, images: Mapping[str, Images], plan: Plan) -> None:
-    """Fills `student_valid`: whole modalities and dates dropped at random, but never all that a view could show."""
-    for modality in images.values():
-        views, slots = modality["valid"].shape
-        kept = (rng.random((views, 1)) >= plan.drop_modality) & (rng.random((views, slots)) >= plan.drop_date)
-        modality["student_valid"] = modality["valid"] & kept
-    valid = np.concatenate([modality["valid"] for modality in images.values()], axis=1)
-    seen = valid & np.concatenate([modality["clear"].any(axis=(2, 3)) for modality in images.values()], axis=1)
-    student = np.concatenate([modality["student_valid"] for modality in images.values()], axis=1)
-    ends = np.cumsum([modality["valid"].shape[1] for modality in images.values()])
-    for view in range(len(valid)):
-        # A date under full cloud shows nothing; it counts only where there is no other.
-        showing = seen[view] if seen[view].any() else valid[view]
-        if showing.any() and not (student[view] & showing).any():
-            student[view, rng.choice(np.flatnonzero(showing))] = True
-    for modality, kept in zip(images.values(), np.split(student, ends[:-1], axis=1), strict=True):
-        modality["student_valid"] = kept

@@ -398,3 +398,36 @@ def test_samples_that_share_their_dates_draw_them_alike():
     assert len({str(each) for each in alone}) > 1
     with pytest.raises(UserError, match=r"data\.same_dates is 0"):
         plan(data__same_dates=0)
+
+
+def days_of(views, group, view, m):
+    images = views[group][m]
+    return set(images["days"][view][images["valid"][view]].tolist())
+
+
+def test_dates_apart_are_in_one_global_view_each():
+    """Eight dates, three slots a view: of neighbouring dates each view has one, and a local view has its own view's."""
+    sample = site(multispectral=sequence("multispectral", (28, -30, -32, 30), (6, 6), t=8))
+    spec = plan(data__dates_apart=True)
+    seen = set()
+    for index in range(40):
+        views = make_views(sample, spec, 3, index)
+        first, second = (days_of(views, "global", view, "multispectral") for view in range(2))
+        assert len(first) == len(second) == 3
+        assert not first & second
+        both = sorted(first | second)
+        assert all(len(first & set(both[i : i + 2])) == 1 for i in (0, 2, 4))
+        for local in range(3):
+            assert days_of(views, "local", local, "multispectral") < (first, second)[local % 2]
+        assert (
+            days_of(views, "global", 0, "optical") == days_of(views, "global", 1, "optical") != set()
+        )  # one date only
+        seen |= {tuple(sorted(first))}
+    assert len(seen) > 20
+
+
+def test_dates_apart_are_shared_where_samples_share_their_draw():
+    spec = plan(data__dates_apart=True, data__same_dates=4)
+    drawn = [days_of(make_views(site(), spec, 3, index), "global", 1, "multispectral") for index in range(8)]
+    assert drawn[0] == drawn[3]
+    assert drawn[4] == drawn[7]
