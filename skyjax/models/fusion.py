@@ -9,18 +9,29 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
-from skyjax.models.layers import Compute, Linear, TransformerLayer, run_transformer, stack, token
+from skyjax.models.layers import TOKEN_STDDEV, Compute, Linear, TransformerLayer, run_transformer, stack, token
 
 EPSILON = 1e-5
 DAYS_A_YEAR = 366
 DAYS_IN_400_YEARS = 146_097
+CYCLES_A_YEAR = (1, 2, 3, 4)  # that the table of dates starts from; the fastest tells one season from the next
 
 
 class Fusion(nnx.Module):
     """Date encoding, projection, an extra token, pre-norm layers; the extra token is the result."""
 
-    def __init__(self, *, spatial_width: int, width: int, depth: int, heads: int, compute: Compute, rngs: nnx.Rngs):
-        self.dates = token((DAYS_A_YEAR, spatial_width), rngs)
+    def __init__(
+        self,
+        *,
+        spatial_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        compute: Compute,
+        rngs: nnx.Rngs,
+        date_stddev: float = TOKEN_STDDEV,
+    ):
+        self.dates = nnx.Param(date_stddev * seasons(rngs.params(), spatial_width))
         self.projection = Linear(spatial_width, width, compute.dtype, rngs)
         self.extra_token = token((width,), rngs)
         self.layers = stack(lambda r: TransformerLayer(width, heads, EPSILON, compute.dtype, r), depth, rngs)
@@ -52,6 +63,17 @@ class Fusion(nnx.Module):
         x = jnp.concatenate([first, x], axis=1)
         x = run_transformer(self.compute, self.layers, x, mask, key, queries=1)
         return x[:, 0].reshape(b, h, w, d)
+
+
+def seasons(key: jax.Array, width: int) -> Float[Array, "366 width"]:
+    """A first table of dates, each column a random curve of the year: normal amplitudes, in all of unit variance.
+
+    Neighbouring days start alike and the year closes. As independent noise each of 366 rows would have to be learned
+    from the few dates that fall on it.
+    """
+    phase = 2 * jnp.pi * jnp.arange(DAYS_A_YEAR)[:, None] / DAYS_A_YEAR * jnp.array(CYCLES_A_YEAR)
+    waves = jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=1) / len(CYCLES_A_YEAR) ** 0.5
+    return waves @ jax.random.normal(key, (waves.shape[1], width))
 
 
 def day_of_year(days: Int32[Array, "*b"]) -> Int32[Array, "*b"]:

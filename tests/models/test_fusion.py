@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from quick import quick_jit
 
-from skyjax.models.fusion import Fusion, day_of_year
+from skyjax.models.fusion import Fusion, day_of_year, seasons
 from skyjax.models.layers import Compute
 
 EPOCH = datetime.date(1970, 1, 1)
@@ -31,6 +31,24 @@ def test_day_of_year_in_any_year_of_the_calendar(dates):
     """Years 1 to 9999, as Python counts them."""
     days = np.array([(date - EPOCH).days for date in dates], np.int32)
     assert_array_equal(day_of_year(days), [date.timetuple().tm_yday - 1 for date in dates])
+
+
+def test_the_table_of_dates_starts_as_smooth_years():
+    table = np.asarray(seasons(jax.random.key(0), 2000), np.float64)
+    assert table.shape == (366, 2000)
+    assert_allclose(np.square(table).mean(1), 1, atol=0.15)  # of unit variance on every day
+    alike = [np.mean(table * np.roll(table, days, axis=0)) / np.mean(np.square(table)) for days in (1, 30, 183)]
+    # Closed form: of cycles 1 to 4 a year, the mean of their cosines at that distance.
+    want = [np.mean(np.cos(2 * np.pi * np.arange(1, 5) * days / 366)) for days in (1, 30, 183)]
+    assert_allclose(alike, want, atol=0.05)
+    power = np.square(np.abs(np.fft.rfft(table, axis=0))).sum(1)
+    assert power[1:5].sum() > 0.999999 * power.sum()
+    made = [
+        Fusion(spatial_width=6, width=8, depth=1, heads=2, compute=Compute(), rngs=nnx.Rngs(0), **more)
+        for more in ({}, {"date_stddev": 1.0})
+    ]
+    assert_allclose(made[1].dates[...], made[0].dates[...] * 50, rtol=1e-5)
+    assert_array_equal(made[1].projection.kernel[...], made[0].projection.kernel[...])
 
 
 @pytest.fixture(scope="module")
