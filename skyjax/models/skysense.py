@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from skyjax.models.fusion import Fusion
-from skyjax.models.layers import Compute
+from skyjax.models.layers import TOKEN_STDDEV, Compute
 from skyjax.models.prototypes import Prototypes, centres, lookup, region_of
 from skyjax.models.resize import mask_to_grid, to_grid, valid_cells
 from skyjax.models.swin_v2 import SwinV2
@@ -305,6 +305,7 @@ def _fusion(config: Config, compute: Compute, rngs: nnx.Rngs) -> Fusion | None:
             heads=config.fusion.heads,
             compute=compute,
             rngs=rngs,
+            date_stddev=config.fusion.get("date_stddev", TOKEN_STDDEV),
         )
     if len(config.modalities) > 1:
         raise ValueError(
