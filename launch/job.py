@@ -21,6 +21,7 @@ from skyjax.errors import UserError, nearest
 
 ROOT = pathlib.Path(__file__).parents[1]
 MOUNTS = "/gcs"
+BUCKET = "[a-z0-9][a-z0-9._-]{2,62}"  # what the name of one may be
 # The name of a pod is NAME-slice-1234-12345, and a host's name has at most 63 characters.
 LONGEST_NAME = 45
 
@@ -69,12 +70,12 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> tuple
     Raises:
       UserError: a word is not understood, or there is no such config or key in this checkout.
     """
-    options, rest = parser.parse_known_args(words)
-    overrides = [word.removeprefix("--config.") for word in rest if word.startswith("--config.")]
-    for word in rest:
-        if not word.startswith("--config."):
-            known = nearest(word.split("=")[0], parser._option_string_actions)
-            raise UserError(f'"{word}" is not understood{known}')
+    given = list(sys.argv[1:] if words is None else words)
+    # Taken out first: argparse takes a word with a space for a positional one.
+    overrides = [word.removeprefix("--config.") for word in given if word.startswith("--config.")]
+    options, stray = parser.parse_known_args([word for word in given if not word.startswith("--config.")])
+    for word in stray:
+        raise UserError(f'"{word}" is not understood{nearest(word.split("=")[0], parser._option_string_actions)}')
     return options, overrides
 
 
@@ -107,7 +108,7 @@ def train_in_cloud(options: argparse.Namespace, overrides: Sequence[str]) -> lis
     config = pathlib.Path(options.config).resolve()
     if not config.is_relative_to(ROOT):
         raise UserError(f'--config="{options.config}" is not in this checkout, so it will not be in the image either')
-    if not re.fullmatch(r"gs://[a-z0-9][a-z0-9._-]+/.+", options.workdir):
+    if not re.fullmatch(rf"gs://{BUCKET}/.+", options.workdir):
         raise UserError(f'--workdir="{options.workdir}" would vanish with the machines; it is gs://BUCKET/PATH')
     words[2] = f"--config={config.relative_to(ROOT)}"
     return words
@@ -115,12 +116,12 @@ def train_in_cloud(options: argparse.Namespace, overrides: Sequence[str]) -> lis
 
 def mounted(words: Sequence[str]) -> list[str]:
     """The words with each gs://BUCKET/PATH as the file that it is mounted at."""
-    return [re.sub(r"gs://(?=[a-z0-9])", f"{MOUNTS}/", word) for word in words]
+    return [re.sub(rf"gs://(?={BUCKET})", f"{MOUNTS}/", word) for word in words]
 
 
 def buckets(words: Sequence[str]) -> list[str]:
     """The buckets that the words name, each once, in order."""
-    return list(dict.fromkeys(re.findall(r"gs://([a-z0-9][a-z0-9._-]+)", " ".join(words))))
+    return list(dict.fromkeys(re.findall(rf"gs://({BUCKET})", " ".join(words))))
 
 
 def name_of(options: argparse.Namespace) -> str:

@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
     kind = "queued-resources" if options.queued else "tpu-vm"
     tpus = ("gcloud", "compute", "tpus", kind)
     where = (f"--project={options.project}", f"--zone={options.zone}")
-    everywhere = (("--node=all",) if options.queued else ()) + ("--worker=all", "--batch-size=all")
+    everywhere = ("--worker=all", *(("--node=all", "--batch-size=all") if options.queued else ()))
     steps: list[Step] = []
     if options.action in ("up", "start"):
         script = on_vm(options, overrides)
