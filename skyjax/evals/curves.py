@@ -229,7 +229,7 @@ def pace_figures(metrics: Metrics) -> list[Figure]:
 
 def other_figures(metrics: Metrics) -> list[Figure]:
     """Every number that was logged and has no place above."""
-    placed = {"loss", "skipped", "nonfinite_in_a_row", "seconds", *PACE}
+    placed = {"loss", "skipped", "nonfinite_in_a_row", "seconds", "samples", *PACE}
     names = [
         name for name in metrics.columns if name not in placed and not name.startswith(("loss/", "rank/", "spread/"))
     ]

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that needs nothing else and no network.
 
-In: a run's directory: config.json, versions.json, metrics.jsonl, probe.json, the records that its config names and its
-newest checkpoint. What is missing is said in a sentence; nothing here stops a run.
+In: a run's directory: config.json, versions.json, metrics.jsonl, goodput.json, probe.json, the records that its config
+names and its newest checkpoint. What is missing is said in a sentence; nothing here stops a run.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from skyjax.evals import curves, gallery, pictures, scores
 from skyjax.evals.charts import Mark, short
 from skyjax.evals.curves import Figure, Metrics
 from skyjax.sample import MODALITIES, Sample
+from skyjax.train import goodput
 from skyjax.train.loop import machine
 from skyjax.train.pretrained import Pretrained
 
@@ -231,8 +232,39 @@ def _pace(run: Run) -> str:
     others = curves.other_figures(run.metrics)
     if not figures and not others:
         return _gone("No learning rate, gradient norm or throughput has been logged yet.")
+    spent = _goodput(goodput.read(run.workdir / goodput.FILE))
     more = f"<details><summary>Everything else that was logged</summary>{_figures(others)}</details>" if others else ""
-    return _figures(figures) + more
+    return spent + _figures(figures) + more
+
+
+def _goodput(totals: Mapping[str, Any] | None) -> str:
+    """A bar of where the time of all starts went, useful time first."""
+    if totals is None:
+        return ""
+    share = goodput.shares(totals["seconds"])
+    order = sorted(share, key=lambda account: (account != goodput.USEFUL, -share[account]))
+    spent = [account for account in order if share[account] > 0]
+    bar = "".join(
+        f'<span class="account {account}" style="width:{100 * share[account]:.2f}%"'
+        f' title="{goodput.ACCOUNTS[account]}"></span>'
+        for account in spent
+    )
+    legend = "".join(
+        f'<span><i class="account {account}"></i>{goodput.ACCOUNTS[account]} <b>{share[account]:.1%}</b>'
+        f" {_duration(totals['seconds'][account])}</span>"
+        for account in spent
+    )
+    starts = f" in {totals['starts']:,} starts" if totals["starts"] > 1 else ""
+    title = f"Useful time: {share[goodput.USEFUL]:.1%} of {_duration(sum(totals['seconds'].values()))}{starts}"
+    meaning = (
+        "The share of the wall time that went into steps. Waiting for data counts where the devices stood idle; lost is"
+        " what a killed run did after its last checkpoint. <b>Bad:</b> a wide part that is not steps."
+    )
+    return (
+        f'<figure class="goodput"><div class="figure-title">{title}</div><div class="legend">{legend}</div>'
+        f'<div class="bar-of-time" role="img" aria-label="{title}">{bar}</div>'
+        f"<figcaption>{meaning}</figcaption></figure>"
+    )
 
 
 def _mark_keys(found: Iterable[Mark]) -> str:

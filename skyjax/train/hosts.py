@@ -26,7 +26,8 @@ from skyjax.parallel.sharding import replicated
 
 SLOW = 1.2  # times the median
 COMPILE_SECONDS = 3600  # the watchdog comes first
-NOTABLE = 0.05  # of a step: a host that is slow in less than this delays nobody
+NOTABLE = 0.05  # of a step, and
+NOTABLE_SECONDS = 0.01  # what is less delays nobody
 
 
 class Hosts:
@@ -43,7 +44,7 @@ class Hosts:
         self._agreed = False
         self._own = np.zeros(jax.process_count())
         self._steps, self._seconds = 0, 0.0
-        self._began = self._ready = time.monotonic()
+        self._began = self._ready = 0.0  # set by the first step, which takes longer on the process that writes
         if self._alone:
             return
         self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
@@ -70,13 +71,13 @@ class Hosts:
 
     def report(self) -> None:
         """To be called once a step, when it was dispatched and the one before is finished."""
-        own = self._ready - self._began
+        own = self._ready - self._began if self._began else 0.0
         if not self._alone:
             held, self._held = self._held, self._send(own)
             if held is not None:
                 self._own += self._read(held)
         now = time.monotonic()  # after the answers, which wait for the others too
-        self._steps, self._seconds, self._began = self._steps + 1, self._seconds + now - self._began, now
+        self._steps, self._seconds, self._began = self._steps + 1, self._seconds + now - (self._began or now), now
 
     def _send(self, own_seconds: float) -> jax.Array:
         words = np.full((len(jax.local_devices()), 2), (self._requested(), own_seconds), np.float32)
@@ -97,7 +98,7 @@ class Hosts:
         own, seconds = self._own / max(self._steps, 1), self._seconds / max(self._steps, 1)
         self._own, self._steps, self._seconds = np.zeros_like(self._own), 0, 0.0
         slowest, median = int(own.argmax()), float(np.median(own))
-        if own[slowest] > SLOW * median and own[slowest] - median > NOTABLE * seconds:
+        if own[slowest] > SLOW * median and own[slowest] - median > max(NOTABLE * seconds, NOTABLE_SECONDS):
             return Slow(slowest, float(own[slowest]), median)
         return None
 

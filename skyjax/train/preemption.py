@@ -18,7 +18,8 @@ class Preemption:
     """Watches for SIGTERM while entered.
 
     Before `something_to_save` was called, a request ends the process at once with 75: nothing is lost. After it,
-    `requested` becomes true and the loop is to save and return 75. A second request ends the process at once with 143.
+    `requested` becomes true and the loop is to save and return 75; among several processes they first agree on the step
+    (hosts.py). A second request ends the process at once with 143.
     Entered from another thread than the main one it watches nothing, since only that one may set handlers.
     """
 

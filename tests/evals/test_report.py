@@ -138,6 +138,8 @@ def page(tmp_path_factory, tiny_config):
     folder = tmp_path_factory.mktemp("runs") / "finished"
     versions = {"git": "0123456789abcdef-dirty", "hardware": "2 CPU cores", "jax": "0.10.2"}
     write_run(folder, tiny_config(steps=60), lines(), PROBES, versions)
+    seconds = {"initialise": 30, "compile": 90, "step": 420, "checkpoint": 0, "lost": 60}
+    (folder / "goodput.json").write_text(json.dumps({"step": 60, "starts": 3, "seconds": seconds}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "Pretrained", Model)
         return Page(write_report(folder))
@@ -161,6 +163,14 @@ def test_a_finished_run_has_every_section(page):
         assert title in text
     assert "uniform guess: ln 16 = 2.77" in text
     assert "could not be made" not in text
+
+
+def test_where_the_time_went(page):
+    text = " ".join("".join(page.text).split())
+    assert "Useful time: 70.0% of 10 min in 3 starts" in text
+    for part in ("step 70.0% 7 min", "compile 15.0% 1 min 30 s", "lost 10.0% 1 min", "initialise 5.0% 30 s"):
+        assert part in text
+    assert "checkpoint 0" not in text
 
 
 def test_nothing_is_fetched_and_nothing_runs(page):

@@ -157,6 +157,33 @@ def test_every_batch_is_consumed_once_in_order(fake_step, config, tmp_path):
     assert fake_step.called == [step * config.batch_size for step in range(config.steps)]
 
 
+def test_at_most_two_steps_are_in_flight(monkeypatch, config, first, tmp_path):
+    """Metrics are read one step late, and never later."""
+    in_flight, most = set(), []
+
+    class Pending:
+        """A scalar on the device."""
+
+        def __init__(self, step):
+            self.step = step
+
+        def __array__(self, *_, **__):
+            in_flight.discard(self.step)
+            return np.float32(3)
+
+    def step(state, batch):
+        number = int(state["step"]) + 1
+        in_flight.add(number)
+        most.append(len(in_flight))
+        names = ("loss", "rank/fused", "spread/fused", "skipped", "nonfinite_in_a_row")
+        return {**state, "step": state["step"] + 1}, dict.fromkeys(names, 0.0) | {"loss": Pending(number)}
+
+    monkeypatch.setattr(loop, "jit_step", lambda *_: step)
+    monkeypatch.setattr(loop.states, "create", lambda *_: first)
+    assert loop.train(changed(config, checkpoint__every=0), tmp_path) == 0
+    assert most == [1] + [2] * (config.steps - 1)
+
+
 def test_evaluators_see_the_old_state_and_join_its_line(fake_step, config, tmp_path, caplog):
     seen = []
 
