@@ -1,6 +1,8 @@
 """Launchers are scripts that import their neighbours, so their folder is on the path; the programs they call record."""
 
 import pathlib
+import runpy
+import shutil
 import stat
 import subprocess
 import sys
@@ -58,3 +60,31 @@ class Programs:
 @pytest.fixture
 def programs(tmp_path):
     return Programs(tmp_path)
+
+
+class Gcloud:
+    """gcloud's own table of commands and flags, which comes with it for the completion of words."""
+
+    def __init__(self, table: pathlib.Path) -> None:
+        self.tree = runpy.run_path(str(table))["STATIC_COMPLETION_CLI_TREE"]
+
+    def check(self, call: bytes) -> str:
+        """Fails where gcloud would not know a word of a recorded call; returns its command, without name and flags."""
+        words = call.decode().split("\0")[1:-1]
+        node, flags, rest = self.tree, set(self.tree["flags"]), list(words)
+        while rest and rest[0] in node.get("commands", {}):
+            node = node["commands"][rest.pop(0)]
+            flags |= set(node["flags"])
+        assert not node.get("commands"), words  # a command, not a group of them
+        given = {word.split("=")[0] for word in rest if word.startswith("--")}
+        assert given <= flags, (words, given - flags)
+        return " ".join(words[: len(words) - len(rest)])
+
+
+@pytest.fixture(scope="session")
+def gcloud():
+    binary = shutil.which("gcloud")
+    table = pathlib.Path(binary).resolve().parents[1] / "data/cli/gcloud_completions.py" if binary else None
+    if table is None or not table.is_file():
+        pytest.skip("gcloud is not installed")
+    return Gcloud(table)

@@ -4,8 +4,6 @@ The programs are stand-ins that record how they are called. gcloud's words are c
 """
 
 import pathlib
-import runpy
-import shlex
 import subprocess
 import sys
 
@@ -96,49 +94,13 @@ def test_waits_for_a_queued_resource(state, code, programs, capsys):
     assert ("STARTED" in done.stdout) == (code == 0)
 
 
-def test_gcloud_knows_every_word(capsys):
-    """gcloud's own table of commands and flags, which comes with it."""
-    binary = subprocess.run(["which", "gcloud"], capture_output=True, text=True, check=False).stdout.strip()
-    table = pathlib.Path(binary).resolve().parents[1] / "data/cli/gcloud_completions.py" if binary else None
-    if table is None or not table.is_file():
-        pytest.skip("gcloud is not installed")
-    tree = runpy.run_path(str(table))["STATIC_COMPLETION_CLI_TREE"]
-    checked = set()
+def test_gcloud_knows_every_word(gcloud, programs, capsys):
+    programs.record(*PROGRAMS)
     for call, (module, words) in CALLS.items():
-        if call.startswith("slurm"):
-            continue
-        script = printed(module, words, capsys)
-        for line in split_commands(script):
-            if line[0] != "gcloud":
-                continue
-            node, flags, rest = tree, set(tree["flags"]), line[1:]
-            while rest and rest[0] in node.get("commands", {}):
-                node = node["commands"][rest.pop(0)]
-                flags |= set(node["flags"])
-            assert not node.get("commands"), line  # a whole command, not a group
-            given = [word.split("=")[0] for word in rest if word.startswith("--")]
-            assert set(given) <= flags, (call, set(given) - flags)
-            assert len(rest) - len(given) == 1  # the one name
-            checked.add(tuple(line[1 : len(line) - len(rest)]))
-    assert len(checked) == 8, checked  # create, ssh, describe, delete twice, and get-credentials less one describe
-
-
-def split_commands(script):
-    """The commands of a dry run as words; those inside `bash -c` and of here-documents are left out."""
-    lexer = shlex.shlex(script.split("<<'END'")[0], posix=True, punctuation_chars="\n")
-    lexer.whitespace = " \t"
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    command = []
-    for word in lexer:
-        if word.strip("\n") == "":
-            if command:
-                yield command
-            command = []
-        else:
-            command.append(word)
-    if command:
-        yield command
+        if not call.startswith("slurm"):
+            programs.bash(printed(module, words, capsys))
+    checked = {gcloud.check(call) for call in programs.take() if call.startswith(b"gcloud")}
+    assert len(checked) == 9, checked  # create, describe, ssh, delete for each of two, and get-credentials
 
 
 @pytest.mark.parametrize(
