@@ -240,8 +240,8 @@ def _scheduled(module: Module) -> list[Computation]:
         for at in waiting.pop().instructions.values():
             if at.opcode in ("while", "conditional", "call", "async-start"):
                 keys = "body|condition|to_apply|calls|true_computation|false_computation|branch_computations"
-                for listed in re.findall(rf"(?:{keys})=(\{{[^}}]*\}}|%[^\s,]+)", at.attributes):
-                    for name in re.findall(r"%([^\s,}]+)", listed):
+                for listed in re.findall(rf"(?:{keys})=(\{{[^}}]*\}}|[^\s,{{]+)", at.attributes):
+                    for name in re.findall(r"[^\s,{}%]+", listed):
                         if name not in found:
                             found[name] = module.computations[name]
                             waiting.append(found[name])

@@ -18,7 +18,9 @@ _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](?:\{([^}]*)\})?")
 _SHAPE_TOKEN = re.compile(r"\(|\)|" + _ARRAY.pattern)
 _HEADER = re.compile(r"(ENTRY )?%?([^ (]+) .*\{$")
 _INSTRUCTION = re.compile(r"  (ROOT )?%?([^ ]+) = ")
+# After optimisation names have a %, before it none; comments stand between them.
 _OPERAND = re.compile(r"%([^\s,(){}]+)")
+_BARE_OPERAND = re.compile(r"(?:/\*.*?\*/)?\s*([^\s,(){}]+)")
 _BRACKET = re.compile(r"[()]")
 
 
@@ -321,7 +323,8 @@ def _instruction(line: str) -> Instruction:
     if opcode in ("constant", "parameter"):
         return Instruction(start[2], parse_shape(line[at:end]), opcode, (), line[opened + 1 :], bool(start[1]))
     closed = _closing(line, opened)
-    operands = tuple(_OPERAND.findall(line, opened, closed))
+    names = _OPERAND if line[start.start(2) - 1] == "%" else _BARE_OPERAND
+    operands = tuple(names.findall(line, opened + 1, closed - 1))
     attributes = line[closed:].removeprefix(", ")
     return Instruction(start[2], parse_shape(line[at:end]), opcode, operands, attributes, bool(start[1]))
 
