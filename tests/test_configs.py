@@ -123,15 +123,30 @@ def test_the_documented_table_is_what_the_code_counts(sized):
     assert [cell.strip() for cell in line.strip("|").split("|")] == want
 
 
-def test_time_series_reads_its_records_where_it_is_told_and_every_parameter_has_its_rate():
-    config = load_config(ROOT / "configs" / "time_series.py", ["records=elsewhere"])
-    assert {folder.split("/")[0] for folder, _ in config.data.sources} == {"elsewhere"}
-    assert sum(share for _, share in config.data.sources) == pytest.approx(1)
+def test_time_series_takes_every_set_that_is_there(tmp_path):
+    path = ROOT / "configs" / "time_series.py"
+    config = load_config(path, [f"records={tmp_path}"])
+    assert {pathlib.Path(folder).parent for folder, _ in config.data.sources} == {tmp_path}
+    names = {pathlib.Path(folder).name: share for folder, share in config.data.sources}
+    assert all((ROOT / "data" / f"{name}.py").is_file() for name in names)
+    # Each builder of dated multispectral or radar images; treesatai knows but the year, flair2 is optical.
+    assert set(names) == {
+        *("triples", "worldcereal", "worldcereal_pixels", "worldcereal_monthly", "cropharvest", "biomassters"),
+        *("pastis", "benv2", "bigearthnet", "terramesh"),
+    }
+    for name in ("pastis", "triples"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dataset.json").write_text("{}")
+    some = {
+        pathlib.Path(folder).name: share for folder, share in load_config(path, [f"records={tmp_path}"]).data.sources
+    }
+    assert some == pytest.approx({"triples": 2 / 3, "pastis": 1 / 3})
+    assert sum(names.values()) == pytest.approx(1)
+
+
+def test_time_series_has_every_key_and_every_parameter_its_rules():
+    config = load_config(ROOT / "configs" / "time_series.py")
     every = {key for key in keys(load_config(ROOT / "configs" / "pretrain_sample.py")) if "optical" not in key}
     assert every - set(keys(config)) == set()
     encoder = states.abstract(config)["params"]["encoder"]  # refuses a parameter that no rule or that two rules name
     assert encoder["fusion"]["dates"].shape == (366, 48)
-    rules = [
-        rate for rule, rate in config.optimizer.learning_rate_multipliers if re.fullmatch(rule, "encoder/fusion/dates")
-    ]
-    assert rules == [20.0]
