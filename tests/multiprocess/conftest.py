@@ -1,7 +1,6 @@
 """Runs of several real processes on this computer, started as users start them: by launch/local.py."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import subprocess
@@ -14,7 +13,7 @@ from skyjax.config import to_json
 from skyjax.train import metrics
 
 LAUNCHER = pathlib.Path(__file__).parents[2] / "launch" / "local.py"
-PATIENCE = 240  # seconds; a run takes 10 to 30 on a quiet machine
+PATIENCE = 600  # seconds; a run takes 10 to 30 on a quiet machine
 
 # `skyjax train` without its report. Each process leaves its id where a test finds it.
 RUN = """
@@ -100,9 +99,7 @@ def small(tiny_config):
         batch_size=4,
         checkpoint__every=0,
         data__local_views__count=0,
-        watchdog__seconds=120.0,
+        watchdog__seconds=300.0,
+        mesh__data=1,
+        mesh__fsdp=-1,
     )
-
-
-def read_object(path):
-    return json.loads(path.read_text())
