@@ -14,19 +14,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from skyjax.errors import UserError
 
+ROWS = ("data", "fsdp")  # what a batch's first axis is split over
+
 Rule = tuple[str, tuple[str | None, ...]]
 
 # Regular expression over the whole path -> mesh axes of the array's *last* axes; the axes before them (stacked blocks,
 # windows of a convolution) are not split. The first match counts.
+#
+# `tensor` splits widths inside a block alone: the columns of what widens, then the rows of what leads back, so that
+# what lies between blocks is whole and a block costs one sum. Columns after columns would be wrong besides: jaxlib
+# 0.10.2 then loses the order of the samples in the gradient where `data`, `fsdp` and `tensor` are all in use.
 RULES: tuple[Rule, ...] = (
     (r"step|counters/.*|optimizer/(.*/)?count", ()),
     (r".*/(bias|scale|temperature|logit_scale|positions|dates|extra_token|class_token)", ()),
     (r"prototypes", ("fsdp", None, None)),  # (regions, k, d): a lookup moves the banks of a batch, never the table
     (r".*/classes", ("fsdp", None)),  # (k, d): a head's classes
-    # (in, out): columns where the width grows, rows where it shrinks back, so that a block needs one sum over `tensor`
-    (r".*/(out|down)/kernel", ("tensor", "fsdp")),
-    (r".*/cells/kernel", ("fsdp", None, None, "tensor")),  # (in, rows, columns, out): an up-head
-    (r".*/kernel", ("fsdp", "tensor")),
+    (r".*/(query|key|value|up|hidden)/kernel", ("fsdp", "tensor")),  # (in, out)
+    (r".*/(out|down|bottleneck)/kernel", ("tensor", "fsdp")),
+    (r".*/(bias_up|bias_down)/kernel", ()),  # Swin-V2's position bias: 2 offsets in, one number a head out
+    (r".*/(patch_embed|patches)/kernel", ("fsdp",)),  # (rows, columns, bands, out): bands are as many as they are
+    (r".*/cells/kernel", ("fsdp", None, None, None)),  # (in, rows, columns, out): an up-head
+    (r".*/kernel", ("fsdp", None)),
 )
 
 # Splitting an array smaller than this costs more in messages than it saves in memory (big_vision's limit).
@@ -86,9 +94,19 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
     )
 
 
+def place_rows(x: jax.Array) -> jax.Array:
+    """Says inside a jitted function that the first axis lies over data and fsdp; nothing where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    # Other axes stay open: the width of what lies between two projections is spread over `tensor`.
+    open_axes = (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *open_axes))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch's first axis over data and fsdp, its other axes whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

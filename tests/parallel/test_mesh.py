@@ -54,9 +54,13 @@ def wide_mesh():
     [
         ("step", (), P()),
         ("optimizer/2/count", (), P()),
-        ("params/encoder/sar/blocks/mlp/kernel", (4, 8, 6), P(None, "fsdp", "tensor")),
-        ("teacher/encoder/optical/patch/kernel", (2, 2, 4, 8), P(None, None, "fsdp", "tensor")),
-        ("optimizer/2/mu/encoder/sar/blocks/mlp/out/kernel", (4, 8, 6), P(None, "tensor", "fsdp")),
+        ("params/encoder/sar/blocks/mlp/up/kernel", (4, 8, 6), P(None, "fsdp", "tensor")),
+        ("optimizer/2/mu/encoder/sar/blocks/mlp/down/kernel", (4, 8, 6), P(None, "tensor", "fsdp")),
+        ("teacher/encoder/optical/stage1/downsample/reduction/kernel", (2, 2, 4, 8), P(None, None, "fsdp", None)),
+        ("teacher/encoder/optical/patch_embed/kernel", (2, 2, 3, 8), P(None, None, None, "fsdp")),
+        ("params/encoder/up_heads/sar/cells/kernel", (8, 2, 2, 6), P("fsdp", None, None, None)),
+        ("params/heads/fused/pixel/hidden/kernel", (8, 6), P("fsdp", "tensor")),
+        ("params/heads/fused/pixel/bottleneck/kernel", (6, 4), P("tensor", "fsdp")),
         ("params/encoder/sar/blocks/mlp/bias", (4, 8), P()),
         ("params/heads/fused/pixel/classes", (8, 3), P("fsdp", None)),
         ("prototypes", (16, 3, 8), P("fsdp", None, None)),
@@ -70,8 +74,8 @@ def test_rules_place_the_last_axes(wide_mesh, path, shape, spec):
 
 def test_small_arrays_are_replicated_and_big_ones_not(wide_mesh):
     side = 1024  # 4 MiB in float32
-    assert sharding.partition_spec("params/a/kernel", (side, side), 4, wide_mesh) == P("fsdp", "tensor")
-    assert sharding.partition_spec("params/a/kernel", (side, side - 2), 4, wide_mesh) == P()
+    assert sharding.partition_spec("params/up/kernel", (side, side), 4, wide_mesh) == P("fsdp", "tensor")
+    assert sharding.partition_spec("params/up/kernel", (side, side - 2), 4, wide_mesh) == P()
 
 
 def test_unknown_and_undividable_are_named(wide_mesh):
@@ -110,10 +114,10 @@ def test_arrays_land_where_the_rules_say():
 import json, skyjax, jax, jax.numpy as jnp
 from skyjax.parallel import mesh, sharding
 m = mesh.make_mesh({"data": 2, "fsdp": 2, "tensor": -1})
-state = {"params": {"mlp": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}}
+state = {"params": {"up": {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}}}
 placed = jax.jit(lambda: state, out_shardings=sharding.state_shardings(state, m, small=0))()
 batch = jax.device_put(jnp.ones((8, 3)), sharding.batch_sharding(m))
-kernel, bias = placed["params"]["mlp"]["kernel"], placed["params"]["mlp"]["bias"]
+kernel, bias = placed["params"]["up"]["kernel"], placed["params"]["up"]["bias"]
 print(json.dumps([x.addressable_shards[0].data.shape for x in (kernel, bias, batch)]))
 """,
         8,
