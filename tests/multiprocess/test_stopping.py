@@ -77,7 +77,7 @@ def preempted(small, launch, tmp_path_factory):
     codes = [first.wait()]
     steps = [checkpoint.steps(workdir / checkpoint.FOLDER)]
 
-    slowly = COUNTING + STUCK + "wait = lambda: time.sleep(0.2)\n"
+    slowly = COUNTING + STUCK + "wait = lambda: time.sleep(0.6)\n"
     second = launch(small, workdir, 2, before=slowly)
     second.until(lambda: len(second.lines()) > 20)
     os.kill(second.pid(1), signal.SIGTERM)
@@ -109,11 +109,12 @@ def test_it_goes_on_where_it_stopped_with_as_many_processes_as_there_are(preempt
 
 
 def test_the_slow_process_is_named(preempted):
+    """By 0.6 s a batch. On a busy computer the other is now and then slow too, by less."""
     _, _, (_, second, last) = preempted
-    assert "process 1 is slow: it takes 0.2" in second.output
-    assert "process 0 is slow" not in second.output
-    named = {line["slow_process"] for line in last.lines() if "slow_process" in line and line["step"] > 15}
-    assert named == {1}
+    assert "process 1 is slow: it takes 0." in second.output
+    found = [line for line in last.lines() if line.get("slow_process_seconds", 0) > 0.4]
+    assert len(found) >= 3
+    assert {line["slow_process"] for line in found} == {1}
 
 
 def test_sigterm_before_the_first_step_ends_all_with_nothing_saved(small, launch, tmp_path):

@@ -296,6 +296,12 @@ def test_a_batch_that_does_not_divide_is_told(config, tmp_path):
         loop.train(changed(config, micro_batches=3), tmp_path)
 
 
+def test_a_window_beyond_the_run_is_told(config, tmp_path):
+    with pytest.raises(UserError, match=r"--profile=29:31 is not a range inside of the run's steps, 1:30"):
+        loop.train(config, tmp_path / "run", profile="29:31")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_model_that_contradicts_itself_is_told(config, tmp_path):
     with pytest.raises(UserError, match=r"config: model.modalities.sar: up_factor 3"):
         loop.train(changed(config, model__modalities__sar__up_factor=3), tmp_path)
