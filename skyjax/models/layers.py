@@ -5,8 +5,9 @@ bias and scale, because the optimizer's multipliers go by the end of a parameter
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,20 @@ from jaxtyping import Array, Bool, Float
 MLP_RATIO = 4
 TOKEN_STDDEV = 0.02  # of tokens and tables that are added to features
 
+# What is kept of a block for the backward pass. The products of attention have batch axes: they are not kept by "dots".
+REMAT = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": jax.checkpoint_policies.everything_saveable,
+}
+
 Carry = TypeVar("Carry")
+Place: TypeAlias = Callable[[Array], Array]
+
+
+def as_they_lie(x: Array) -> Array:
+    """Rows of activations, left where the compiler has them."""
+    return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +41,22 @@ class Compute:
     Attributes:
       dtype: of activations; parameters stay float32.
       scan: run equal blocks by `lax.scan`; otherwise the loop is unrolled.
-      remat: "full" recomputes each block in the backward pass, "none" keeps its activations.
+      remat: "full" recomputes each block in the backward pass, "dots" keeps what its projections give and recomputes
+        the rest, "none" keeps all activations.
       drop_path: stochastic depth of the last block; the first has none.
+      place: what the rows go through before and behind each block. Whoever knows of devices says there where they
+        live; left to itself, a compiler may spread the width of activations as the weights are spread, and gather rows.
     """
 
     dtype: Any = jnp.float32
     scan: bool = True
     remat: str = "none"
     drop_path: float = 0.0
+    place: Place = as_they_lie
 
     def __post_init__(self) -> None:
-        if self.remat not in ("full", "none"):
-            raise ValueError(f'model.remat is "{self.remat}"; it is "full" or "none"')
+        if self.remat not in REMAT:
+            raise ValueError(f'model.remat is "{self.remat}"; it is one of {", ".join(REMAT)}')
 
     def rates(self, length: int) -> np.ndarray:
         """Stochastic depth of each block, linear from 0."""
@@ -53,9 +71,15 @@ class Compute:
         return self.scan and length > 1
 
     def block(self, body: Callable[..., Any], length: int) -> Callable[..., Any]:
-        """`body` with the remat policy, to be called for each of a stack of `length`."""
+        """`body` with the remat policy, to be called for each of a stack of `length`; its first argument are rows."""
+
+        def placed(x: Array, *own: Any) -> Array:
+            return self.place(body(self.place(x), *own))
+
         # Inside a scan forward and backward are two loops, so nothing can merge the recomputed values with the first.
-        return jax.checkpoint(body, prevent_cse=not self.scans(length)) if self.remat == "full" else body
+        if self.remat == "none":
+            return placed
+        return jax.checkpoint(placed, prevent_cse=not self.scans(length), policy=REMAT[self.remat])
 
     def run(self, body: Callable[[Carry, Any], Carry], x: Carry, layers: Any) -> Carry:
         """Applies `body(x, layer)` along the leading axis of the arrays in `layers`."""
@@ -84,12 +108,22 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.Rngs) -
 
 
 class Linear(nnx.LinearGeneral):
-    """A projection of the last axis to `outputs`, which may be several axes."""
+    """A projection of the last axis to `outputs`, which may be several axes; `learn_bias`: it has a gradient."""
 
-    def __init__(self, inputs: int, outputs: int | Sequence[int], dtype: Any, rngs: nnx.Rngs, *, use_bias: bool = True):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int | Sequence[int],
+        dtype: Any,
+        rngs: nnx.Rngs,
+        *,
+        use_bias: bool = True,
+        learn_bias: bool = True,
+    ):
         # 1 / sqrt(width) is the usual 0.02 at 2,500 features; at 64 that would leave each block almost an identity.
         init = nnx.initializers.lecun_normal()
         super().__init__(inputs, outputs, use_bias=use_bias, dtype=dtype, kernel_init=init, rngs=rngs)
+        self.learn_bias = learn_bias
 
     def __call__(self, x: Float[Array, "*b d"], out_sharding: Any = None) -> Array:
         """`x` projected."""
@@ -99,7 +133,8 @@ class Linear(nnx.LinearGeneral):
         flat = kernel.reshape(len(kernel), -1)
         y = jax.lax.dot_general(rows, flat, (((1,), (0,)), ((), ())), out_sharding=out_sharding)
         if self.bias is not None:
-            y = _add_bias(y, self.bias[...].astype(self.dtype).ravel())
+            bias = self.bias[...] if self.learn_bias else jax.lax.stop_gradient(self.bias[...])
+            y = _add_bias(y, bias.astype(self.dtype).ravel())
         return y.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
@@ -217,7 +252,9 @@ class Projections(nnx.Module):
         if width % heads:
             raise ValueError(f"a width of {width} cannot be shared by {heads} heads; width must be a multiple of heads")
         self.query = Linear(width, width, dtype, rngs)
-        self.key = Linear(width, width, dtype, rngs, use_bias=key_bias)
+        # It moves all scores of a query alike, which the softmax takes off again: its gradient is 0. Computed, it would
+        # be rounding, another on each mesh, of which AdamW makes whole steps.
+        self.key = Linear(width, width, dtype, rngs, use_bias=key_bias, learn_bias=False)
         self.value = Linear(width, width, dtype, rngs)
         self.out = Linear(width, width, dtype, rngs)
         self.heads = heads
@@ -242,7 +279,31 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         """Each row by itself."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return self.down(gelu(self.up(x)))
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+    """x times the normal distribution's share below x, computed in float32 or wider (Hendrycks and Gimpel 2016).
+
+    Its derivative is computed from x. Left to automatic differentiation, steps on the way are kept in float32 as well,
+    each as large as the widest activation of a layer: a tenth of what a step of SkySense's size moves through memory.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * _normal_share(wide)).astype(x.dtype)
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    density = jnp.exp(-jnp.square(wide) / 2) / math.sqrt(2 * math.pi)
+    return ((gradient * (_normal_share(wide) + wide * density)).astype(x.dtype),)
+
+
+def _normal_share(x: Array) -> Array:
+    return jax.lax.erfc(-x * math.sqrt(0.5)) / 2
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class TransformerLayer(nnx.Module):

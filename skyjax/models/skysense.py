@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from skyjax.models.fusion import Fusion
-from skyjax.models.layers import TOKEN_STDDEV, Compute
+from skyjax.models.layers import TOKEN_STDDEV, Compute, Place, as_they_lie
 from skyjax.models.prototypes import Prototypes, centres, lookup, region_of
 from skyjax.models.resize import mask_to_grid, to_grid, valid_cells
 from skyjax.models.swin_v2 import SwinV2
@@ -61,6 +61,7 @@ def apply(
     key: jax.Array | None = None,
     lonlat: Float[Array, "b 2"] | None = None,
     prototypes: Float[Array, "r k p"] | None = None,
+    place: Place = as_they_lie,
 ) -> Output:
     """Features of the sequences of `b` sites.
 
@@ -75,6 +76,7 @@ def apply(
       key: given in training, where it drives stochastic depth.
       lonlat: positions of the sites in degrees, NaN where unknown; None: all unknown.
       prototypes: the table of geo-prototypes, as `init_prototypes` gives it. Without it there is no context.
+      place: see models/layers.py, `Compute`.
 
     Returns:
       "encoder" {m: (b, t, h', w', d_m)} and "encoder_valid" {m: (b, t, h', w')}: before the up-head;
@@ -87,7 +89,7 @@ def apply(
     Raises:
       ValueError: none of the model's modalities is given, or the table is not of the config's size.
     """
-    return _module(model_config, params)(images, grid, key, lonlat, prototypes)
+    return _module(model_config, params, place)(images, grid, key, lonlat, prototypes)
 
 
 def prototype_centres(
@@ -127,8 +129,8 @@ def prototype_centres(
     return found, regions
 
 
-def _module(model_config: Config, params: Params) -> "SkySense":
-    graph, abstract = _structure(json.dumps(model_config.to_dict(), sort_keys=True))
+def _module(model_config: Config, params: Params, place: Place = as_they_lie) -> "SkySense":
+    graph, abstract = _structure(json.dumps(model_config.to_dict(), sort_keys=True), place)
     state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one must not be filled with tracers
     if model_config.get("prototypes") is None:
         params = {name: part for name, part in params.items() if name != "prototypes"}
@@ -137,17 +139,17 @@ def _module(model_config: Config, params: Params) -> "SkySense":
 
 
 @functools.lru_cache(maxsize=64)
-def _structure(config_json: str) -> tuple[Any, Any]:
+def _structure(config_json: str, place: Place) -> tuple[Any, Any]:
     """The module of a config without its arrays; made once, because apply is traced many times."""
     config = ml_collections.FrozenConfigDict(json.loads(config_json))
-    return nnx.split(nnx.eval_shape(lambda: SkySense(config, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: SkySense(config, nnx.Rngs(0), place)))
 
 
 class SkySense(nnx.Module):
     """Encoders, up-heads, fusion and geo-context of one config."""
 
-    def __init__(self, config: Config, rngs: nnx.Rngs):
-        compute = Compute(jnp.dtype(config.dtype), config.scan, config.remat, config.drop_path)
+    def __init__(self, config: Config, rngs: nnx.Rngs, place: Place = as_they_lie):
+        compute = Compute(jnp.dtype(config.dtype), config.scan, config.remat, config.drop_path, place)
         self.modalities = tuple(m for m in MODALITIES if m in config.modalities)
         unknown = set(config.modalities) - set(MODALITIES)
         if unknown or not self.modalities:

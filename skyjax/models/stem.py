@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from skyjax.models.layers import PatchEmbed
+from skyjax.models.layers import PatchEmbed, gelu
 
 LARGEST_FIRST = 4  # pixels a side of the first step's patches: the cheapest way off the full resolution
 
@@ -51,7 +51,7 @@ class ConvStem(nnx.Module):
         """As `PatchEmbed`: padded at the bottom and right to whole patches; missing bands add nothing."""
         patch = self.patch_size
         x = jnp.pad(x.astype(self.dtype), ((0, 0), (0, -x.shape[1] % patch), (0, -x.shape[2] % patch), (0, 0)))
-        x = jax.nn.gelu(self.patches(x, bands), approximate=False)
+        x = gelu(self.patches(x, bands))
         for i in range(self.stages):
             x = getattr(self, f"stage{i}")(x)
         return x
@@ -68,8 +68,8 @@ class ResidualStage(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w d"]) -> Float[Array, "n i j e"]:
         """Half the rows and columns, which are even."""
-        branch = self.convolution1(jax.nn.gelu(self.convolution0(x), approximate=False))
-        return jax.nn.gelu(self.shortcut(x) + branch, approximate=False)
+        branch = self.convolution1(gelu(self.convolution0(x)))
+        return gelu(self.shortcut(x) + branch)
 
 
 class Convolution(nnx.Module):

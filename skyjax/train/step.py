@@ -17,6 +17,7 @@ from skyjax.input.device import prepare
 from skyjax.models import prototypes, skysense
 from skyjax.objectives import heads
 from skyjax.objectives.objective import Terms, objective, teacher_temperature
+from skyjax.parallel.sharding import place_rows
 from skyjax.sample import MODALITIES, Batch
 from skyjax.train.optimizer import descend, learning_rate, make_optimizer, teacher_momentum
 from skyjax.train.state import State
@@ -230,7 +231,8 @@ def encode(
         for m in MODALITIES
         if m in views
     }
-    output = skysense.apply(model, params, images, key=key, lonlat=jnp.repeat(lonlat, v, axis=0), prototypes=table)
+    lonlat = jnp.repeat(lonlat, v, axis=0)
+    output = skysense.apply(model, params, images, key=key, lonlat=lonlat, prototypes=table, place=place_rows)
     return jax.tree.map(lambda x: x.reshape(b, v, *x.shape[1:]), output)
 
 

@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
-from skyjax.models.layers import Compute, LayerNorm, Linear, PatchEmbed, TransformerLayer, attend, drop_path
+from skyjax.models.layers import Compute, LayerNorm, Linear, PatchEmbed, TransformerLayer, attend, drop_path, gelu
 
 
 def test_attend_is_the_softmax_of_visible_keys():
@@ -83,6 +84,15 @@ def test_layer_norm_is_computed_in_float32_and_keeps_the_type():
     got = norm(stored)
     assert got.dtype == jnp.bfloat16
     assert_allclose(got.astype(jnp.float32), want, rtol=0.01)
+
+
+def test_gelu_and_its_derivative_are_those_of_the_formula():
+    x = np.linspace(-6, 6, 401)
+    value, gradient = jax.jit(jax.vmap(jax.value_and_grad(gelu)))(jnp.asarray(x, jnp.float32))
+    assert_allclose(value, x * scipy.stats.norm.cdf(x), atol=1e-6)
+    assert_allclose(gradient, scipy.stats.norm.cdf(x) + x * scipy.stats.norm.pdf(x), atol=1e-6)
+    half = gelu(jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
 
 
 def test_drop_path_drops_whole_rows_and_keeps_the_mean():
