@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if stray:
             raise UserError(f'"{stray[0]}" is not understood{nearest(stray[0].split("=")[0], known.flags)}')
         if overrides and "config" not in known:
-            raise UserError(f'"--config.{overrides[0]}" has no meaning here: only train takes a config')
+            raise UserError(f'"--config.{overrides[0]}" has no meaning here: only train and compile take a config')
         return known.run(known, overrides)
     except UserError as error:
         print(f"skyjax: {error}", file=sys.stderr)
@@ -44,6 +44,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     _add_train(verbs)
+    _add_compile(verbs)
     _add_eval(verbs, verb)
     _add_import(verbs)
     _add_export(verbs)
@@ -86,6 +87,45 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.workdir is None:
         raise UserError("train: --workdir=DIR is missing; it gets config, metrics, checkpoints and report")
     return loop.train(config, options.workdir, report=write_report, profile=options.profile)
+
+
+def _add_compile(verbs: Any) -> None:
+    compile_ = _verb(
+        verbs,
+        "compile",
+        _compile,
+        "Compiles the whole training step for TPUs that are not here: whether it fits, what it computes, moves and"
+        " sends, and what bounds its time. Exit 1 where it does not fit.",
+        "skyjax compile --config=configs/skysense.py --topology=v5p:4x4x8",
+    )
+    compile_.add_argument(
+        "--config", required=True, help="a Python file with get_config(); --config.KEY=VALUE overrides"
+    )
+    compile_.add_argument(
+        "--topology", required=True, help="GENERATION:AxB or AxBxC: v5e:16x16, v5p:4x4x8, tpu7x:4x4x4"
+    )
+    compile_.add_argument("--slices", type=int, default=1, help="equal slices, with the data centre's network between")
+    compile_.add_argument("--code", action="store_true", help="also write the machine code; takes many times longer")
+    compile_.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
+
+
+def _compile(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.config import load_config
+    from skyjax.train import plan, plan_text
+
+    def say(words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
+
+    where = options.topology + (f"*{options.slices}" if options.slices > 1 else "")
+    config = load_config(options.config, overrides, where)
+    found = plan.compile_step(config, options.topology, options.slices, code=options.code, say=say)
+    print(plan_text.show(found))
+    if options.json:
+        options.json.write_text(json.dumps(plan_text.to_json(found), indent=1) + "\n")
+    if found.memory.shortfall:
+        print(f"\n{plan_text.shortfall(found)}")
+        return 1
+    return 0
 
 
 def _add_eval(verbs: Any, verb: str) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import json
 import pathlib
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,8 +19,17 @@ import ml_collections
 from skyjax.errors import UserError, nearest
 
 
-def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+def load_config(
+    path: str | pathlib.Path, overrides: Sequence[str] = (), topology: str | None = None
+) -> ml_collections.ConfigDict:
     """The config of a file, with overrides written as "key=value" or "a.b.c=value".
+
+    Args:
+      path: of the file.
+      overrides: in their order.
+      topology: name of the devices that it is for (parallel/topology.py, `name_of`). The first of the config's
+        `mesh_rules`, pairs of a regular expression over such names and {key: value}, that fits it is applied before the
+        overrides.
 
     Raises:
       UserError: the file is missing or has no get_config(); a key is unknown; a value does not fit its key; or what
@@ -40,6 +50,7 @@ def load_config(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> ml_c
     arguments = _arguments(module.get_config, pairs)
     config = module.get_config(**arguments)
     config.update(arguments)
+    _apply_mesh_rules(config, topology)
     for key, text in pairs:
         if key not in arguments:
             _override(config, key, text)
@@ -93,18 +104,32 @@ def _arguments(get_config: Callable[..., Any], pairs: Sequence[tuple[str, str]])
     return arguments | {key: _parse(key, text, arguments[key]) for key, text in pairs if key in arguments}
 
 
+def _apply_mesh_rules(config: ml_collections.ConfigDict, topology: str | None) -> None:
+    fitting = (rule for pattern, rule in config.get("mesh_rules", ()) if re.fullmatch(pattern, topology or ""))
+    for key, value in next(fitting, {}).items():
+        node, last = _node(config, key)
+        with node.unlocked():
+            node[last] = value
+
+
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+    node, last = _node(config, key)
+    old = node[last]
+    if isinstance(old, ml_collections.ConfigDict):
+        raise UserError(f'config: "{key}" is a group; set one of {", ".join(f"{key}.{k}" for k in old)}')
+    with node.unlocked():
+        node[last] = _parse(key, text, old)
+
+
+def _node(config: ml_collections.ConfigDict, key: str) -> tuple[ml_collections.ConfigDict, str]:
+    """The group that holds a key, and the key's last word."""
     *parents, last = key.split(".")
     node = config
     for parent in parents:
         node = node[parent] if isinstance(node, ml_collections.ConfigDict) and parent in node else None
     if not isinstance(node, ml_collections.ConfigDict) or last not in node:
         raise UserError(f'config: "{key}" does not exist{_nearest_key(key, config)}')
-    old = node[last]
-    if isinstance(old, ml_collections.ConfigDict):
-        raise UserError(f'config: "{key}" is a group; set one of {", ".join(f"{key}.{k}" for k in old)}')
-    with node.unlocked():
-        node[last] = _parse(key, text, old)
+    return node, last
 
 
 def _nearest_key(key: str, config: ml_collections.ConfigDict) -> str:

@@ -31,7 +31,7 @@ def test_help_has_an_example(words, capsys):
         (["train", f"--config={CONFIG}"], "--workdir=DIR is missing"),
         (["train", f"--config={CONFIG}", "--workdir=x", "--config.stepps=1"], 'nearest: "steps"'),
         (["data", "stats", "--dataset=none"], '"none" is not a skyjax dataset'),
-        (["data", "stats", "--dataset=none", "--config.steps=1"], "only train takes a config"),
+        (["data", "stats", "--dataset=none", "--config.steps=1"], "only train and compile take a config"),
         (["data", "show", "--dataset=none", "--out=x.png"], '"none" is not a skyjax dataset'),
         (["eval", "--checkpoint=none", "--task=knn", "--dataset=none"], "none"),
         (["report", "--workdir=none"], "none"),

@@ -15,7 +15,10 @@ FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier",
     "partition-id", "replica-id", "domain", "rng-get-and-update-state",
 }  # fmt: skip
-FREE_CALLS = {"AllocateBuffer", "ConcatBitcast", "SliceId", "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
+FREE_CALLS = {
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "SliceId", "Sharding", "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
+}  # fmt: skip
 # Every value of their operands is needed, however little of their result is.
 WHOLE = {"dot", "convolution", "reduce", "reduce-window", "sort", "custom-call", "select-and-scatter", "fft", "rng"}
 

@@ -37,7 +37,7 @@ def make_mesh(sizes: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     shape = mesh_shape(inside, len(devices) // slices)
     between = mesh_shape(sizes.get("dcn") or ALL_DATA, slices, "mesh.dcn", ("slice", "slices"))
     # Any axis of the torus may be cut: fsdp = 32 on 16 x 16 chips is one of its rows by two of the other axis.
-    options = {"devices": devices, "allow_split_physical_axes": True}
+    options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
     try:
         if slices > 1:
             array = mesh_utils.create_hybrid_device_mesh(shape, between, **options)

@@ -36,7 +36,10 @@ FOLDER = "checkpoints"
 Notes = dict[str, Any]
 
 # Config keys that a resumed run may change: they touch neither the state's shape nor what the steps mean.
-FREE_KEYS = r"steps|(log|checkpoint|eval|watchdog|mesh)\..*|data\.(threads|prefetch)|objective\.(rank|spread)_alarm"
+FREE_KEYS = (
+    r"steps|(log|checkpoint|eval|watchdog|mesh)\..*|mesh_rules|model\.(remat|scan)|data\.(threads|prefetch)"
+    r"|objective\.(rank|spread)_alarm"
+)
 
 
 class CheckpointWriter:
