@@ -1,7 +1,7 @@
 """What the losses take of a training step: of its FLOPs and peak memory at paper scale, of its time at tiny scale.
 
-PYTHONPATH=. python benchmarks/objectives.py [--parts=flops,alone,memory,time] [--size=huge] [--topology=v5p:2x2x4]
-    [--samples=1] [--rounds=10] [--json=FILE]
+PYTHONPATH=. python benchmarks/objectives.py [--parts=flops,alone,memory,time] [--size=huge] [--topology=v5p:4x4x8]
+    [--rounds=10] [--json=FILE]
 
 The peer is the same step with the losses taken out: in their place stands the mean square of every feature map that
 they compare, so that both encoders still run and the student's gradient still flows through all of its parts. What the
@@ -9,70 +9,55 @@ losses take is the difference of the two steps; its share is of the step as it i
 
 flops   configs/skysense.py, traced at the config's own batch: the matrix products, those included that a checkpoint
         computes again (skyjax/parallel/flops.py, `products`).
-alone   configs/skysense.py, the losses without the encoder: its maps and the heads are given and get their gradients.
-        Temporaries as below; takes three minutes of processor time and 5 GB.
-memory  configs/skysense.py, the whole step compiled for a TPU that is not there, by libtpu (pip install "jax[tpu]"):
-        per chip, as the compiler plans it. Peak: arguments and temporaries at their highest together. At huge the
-        compiler took more than ten minutes of processor time and 13 GB without being done with the step without losses.
+memory  configs/skysense.py, the whole step and the step without losses, planned for a TPU that is not there as `skyjax
+        compile` does it (needs pip install "jax[tpu]"): HBM per chip. Peak: arguments and all that is reserved.
+alone   the same for the losses without the encoder: its maps and the heads are given and get their gradients.
 time    configs/pretrain_sample.py on this machine, on random pixels: processor time, the shortest of all rounds, in
         which the two steps take turns.
 """
 
 import argparse
-import concurrent.futures
 import json
 import math
-import multiprocessing
 import os
 import pathlib
-import resource
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-# libtpu reads them when it is loaded: there is no TPU to ask, and other processes may compile too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from skyjax.config import load_config
-from skyjax.parallel import flops
+from skyjax.parallel import flops, topology
+from skyjax.parallel.ahead import compile_ahead
 from skyjax.parallel.mesh import make_mesh
-from skyjax.parallel.sharding import batch_sharding, state_shardings, with_shardings
+from skyjax.parallel.sharding import batch_sharding
 from skyjax.sample import Batch
-from skyjax.train import loop, state
+from skyjax.train import loop, plan, state
 from skyjax.train import step as training
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 PARTS = ("flops", "alone", "memory", "time")
 STEPS = {"whole step": True, "without losses": False}  # title -> with the losses
-STORED = {"optical": jnp.uint8, "multispectral": jnp.uint16, "sar": jnp.float32}
 GIB = 2**30
 
 
-def trace(config: ml_collections.ConfigDict, mesh: Mesh, samples: int, losses: bool) -> Any:
+def trace(config: ml_collections.ConfigDict, mesh: Mesh, losses: bool) -> Any:
     """The step as the loop compiles it, traced with its losses or without."""
-    first, batch = abstract(config, mesh, samples)
-    objective = training.objective if losses else mean_square
-    with jax.set_mesh(mesh), mock.patch.object(training, "objective", objective):
-        step: Any = loop.jit_step(config, loop.statistics_table(config.model), first, mesh)
-        return step.trace(first, batch)
+    with mock.patch.object(training, "objective", training.objective if losses else mean_square):
+        return plan.trace(config, mesh)
 
 
-def trace_losses(config: ml_collections.ConfigDict, mesh: Mesh, samples: int) -> Any:
+def trace_losses(config: ml_collections.ConfigDict, mesh: Mesh) -> Any:
     """The losses without the encoder: from its maps and the heads to the gradients of both."""
-    first, batch = abstract(config, mesh, samples)
+    first, batch = plan.arguments(config, mesh)
     params, here = first["params"], batch_sharding(mesh)
     statistics = {m: (np.array(t["mean"]), np.array(t["std"])) for m, t in loop.statistics_table(config.model).items()}
     key, outputs = jax.random.key(0), []
@@ -109,66 +94,32 @@ def mean_square(_: Any, student: Any, teacher: Any, *__: Any, **___: Any) -> tup
     return loss, {"sums": {}, "counts": {}, "metrics": {}}
 
 
-def abstract(config: ml_collections.ConfigDict, mesh: Mesh, samples: int) -> tuple[state.State, Batch]:
-    """State and batch as they lie on the mesh."""
-    first = state.abstract(config)
-    first = with_shardings(first, state_shardings(first, mesh))
-    here = batch_sharding(mesh)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract_batch(config, samples)
-    )
-    return first, batch
-
-
-def abstract_batch(config: ml_collections.ConfigDict, samples: int) -> Batch:
-    """Shapes and types of a batch (skyjax/sample.py)."""
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((samples, *shape), dtype)
-
-    def images(m: str, views: int, size: flops.Images) -> dict[str, Any]:
-        maps, pixels, bands = (views, size.dates), size[1:], len(config.model.modalities[m].bands)
-        return {
-            "values": array(STORED[m], *maps, *pixels, bands),
-            "clear": array(bool, *maps, *pixels),
-            **{name: array(jnp.int32, *maps) for name in ("days", "student_days")},
-            **{name: array(bool, *maps) for name in ("valid", "student_valid")},
-            "sensor": array(jnp.int32),
-            "bands": array(bool, bands),
-        }
-
-    groups = {
-        group: {"to_view": array(jnp.float32, views, 2, 3), **{m: images(m, views, size) for m, size in sizes.items()}}
-        for group, (views, sizes) in flops.view_images(config).items()
-    }
-    return {"index": array(jnp.uint32), "lonlat": array(jnp.float32, 2), "bad": array(bool), **groups}
-
-
 def count_flops(size: str) -> dict[str, float]:
     """FLOPs a sample of each step."""
     config = load_config(CONFIGS / "skysense.py", [f"size={size}"])
     config.mesh.fsdp = 1
     mesh = make_mesh(config.mesh)
     return {
-        title: flops.products(trace(config, mesh, config.batch_size, losses).jaxpr.jaxpr) / config.batch_size
+        title: flops.products(trace(config, mesh, losses).jaxpr.jaxpr) / config.batch_size
         for title, losses in STEPS.items()
     }
 
 
-def plan_memory(size: str, topology: str, samples: int, program: str) -> dict[str, float]:
-    """Bytes a chip of one of STEPS or of the losses by themselves, and what the compiler itself took."""
-    start = time.process_time()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    config = load_config(CONFIGS / "skysense.py", [f"size={size}"])
-    mesh, samples = make_mesh(config.mesh, devices), samples * len(devices)
-    traced = trace(config, mesh, samples, STEPS[program]) if program in STEPS else trace_losses(config, mesh, samples)
-    memory = traced.lower().compile().memory_analysis()
+def lower(size: str, where: str, program: str) -> Any:
+    """One of STEPS or the losses by themselves, lowered for a topology."""
+    config = load_config(CONFIGS / "skysense.py", [f"size={size}"], where)
+    mesh = make_mesh(config.mesh, topology.describe(where))
+    traced = trace(config, mesh, STEPS[program]) if program in STEPS else trace_losses(config, mesh)
+    return traced.lower()
+
+
+def plan_memory(size: str, where: str, program: str) -> dict[str, int]:
+    """Bytes a device of one of them."""
+    found = compile_ahead(lower, (size, where, program), say=lambda words: print(f"  {program}: {words}", flush=True))
     return {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "peak": memory.peak_memory_in_bytes,
-        "compile_seconds": time.process_time() - start,
-        "compile_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "arguments": found.argument_bytes,
+        "temporaries": found.temporary_bytes,
+        "peak": found.argument_bytes + found.temporary_bytes,
     }
 
 
@@ -177,8 +128,8 @@ def time_steps(rounds: int) -> dict[str, float]:
     config = load_config(CONFIGS / "pretrain_sample.py")
     mesh = make_mesh(config.mesh)
     first = state.create(config, mesh)
-    batch = jax.device_put(random_batch(abstract_batch(config, config.batch_size)), batch_sharding(mesh))
-    steps = {title: trace(config, mesh, config.batch_size, losses).lower().compile() for title, losses in STEPS.items()}
+    batch = jax.device_put(random_batch(plan.abstract_batch(config, config.batch_size)), batch_sharding(mesh))
+    steps = {title: trace(config, mesh, losses).lower().compile() for title, losses in STEPS.items()}
     best = dict.fromkeys(steps, math.inf)
     for i in range(rounds + 1):
         for title, step in steps.items():
@@ -213,8 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--size", default="huge", help="of configs/skysense.py")
-    parser.add_argument("--topology", default="v5p:2x2x4")
-    parser.add_argument("--samples", type=int, default=1, help="a chip, when memory is planned")
+    parser.add_argument("--topology", default="v5p:4x4x8", help="that memory is planned for, with its mesh rules")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
     arguments = parser.parse_args()
@@ -229,26 +179,20 @@ def main() -> None:
     if "flops" in parts:
         results["flops"] = counted = count_flops(arguments.size)
         show(f"{arguments.size}, TFLOP a sample, traced", {name: count / 1e12 for name, count in counted.items()})
-    where = arguments.size, arguments.topology, arguments.samples
+    where = arguments.size, arguments.topology
     if "alone" in parts:
-        results["alone"] = memory = in_process(plan_memory, *where, "alone")
+        results["alone"] = memory = plan_memory(*where, "alone")
         print(f"the losses alone, temporaries a chip: {memory['temporaries'] / GIB:.3f} GiB", flush=True)
     if "memory" in parts:
-        results["memory"] = planned = {title: in_process(plan_memory, *where, title) for title in STEPS}
+        results["memory"] = planned = {title: plan_memory(*where, title) for title in STEPS}
         for name in ("peak", "temporaries", "arguments"):
             show(f"GiB a chip, {name}", {title: memory[name] / GIB for title, memory in planned.items()})
     if "time" in parts:
         results["time"] = shortest = time_steps(arguments.rounds)
         show("pretrain_sample, seconds a step", shortest)
     if arguments.json:
-        asked = {name: getattr(arguments, name) for name in ("size", "topology", "samples", "rounds")}
+        asked = {name: getattr(arguments, name) for name in ("size", "topology", "rounds")}
         arguments.json.write_text(json.dumps(asked | results, indent=1) + "\n", encoding="utf-8")
-
-
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls it in a process of its own, so that the compiler's gigabytes go back to the machine."""
-    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def show(title: str, values: dict[str, float]) -> None:

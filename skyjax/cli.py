@@ -106,6 +106,9 @@ def _add_compile(verbs: Any) -> None:
     )
     compile_.add_argument("--slices", type=int, default=1, help="equal slices, with the data centre's network between")
     compile_.add_argument("--code", action="store_true", help="also write the machine code; takes many times longer")
+    compile_.add_argument(
+        "--search", action="store_true", help="compile up to 8 choices of batch, remat and mesh, and name the fastest"
+    )
     compile_.add_argument("--json", type=pathlib.Path, help="also write the results to this file")
 
 
@@ -118,6 +121,8 @@ def _compile(options: argparse.Namespace, overrides: list[str]) -> int:
 
     where = options.topology + (f"*{options.slices}" if options.slices > 1 else "")
     config = load_config(options.config, overrides, where)
+    if options.search:
+        return _search(options, config, say)
     found = plan.compile_step(config, options.topology, options.slices, code=options.code, say=say)
     print(plan_text.show(found))
     if options.json:
@@ -126,6 +131,20 @@ def _compile(options: argparse.Namespace, overrides: list[str]) -> int:
         print(f"\n{plan_text.shortfall(found)}")
         return 1
     return 0
+
+
+def _search(options: argparse.Namespace, config: Any, say: Callable[[str], None]) -> int:
+    from skyjax.parallel import topology
+    from skyjax.train import plan, search
+
+    def compile_step(chosen: Any) -> plan.Plan:
+        return plan.compile_step(chosen, options.topology, options.slices, say=say)
+
+    tried = search.search(config, options.topology, options.slices, compile_step, say)
+    print(search.show(tried, len(topology.describe(options.topology, options.slices))))
+    if options.json:
+        options.json.write_text(json.dumps(search.to_json(tried), indent=1) + "\n")
+    return 0 if tried[0].fits else 1
 
 
 def _add_eval(verbs: Any, verb: str) -> None:

@@ -1,0 +1,84 @@
+"""The search for batch, remat and mesh, over plans whose memory and time follow formulas that the test knows."""
+
+import pathlib
+
+import pytest
+
+from skyjax.config import load_config
+from skyjax.errors import UserError
+from skyjax.parallel import chips, hlo, roofline
+from skyjax.train import search
+from skyjax.train.plan import GIB, Memory, Plan
+
+pytest.importorskip("libtpu")
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "skysense.py"
+STATE = 30 * GIB
+A_SAMPLE = {"full": 3 * GIB, "dots": 6 * GIB, "none": 20 * GIB}
+SECONDS = {"full": 1.3, "dots": 1.0, "none": 0.9}
+DEVICES = 256
+
+
+def plan_of(config, limit):
+    samples, remat = config.batch_size // DEVICES, config.model.remat
+    memory = Memory(STATE // config.mesh.fsdp, A_SAMPLE[remat] * samples, None, None, limit)
+    program = hlo.Program(0, 0, {}, (), (), ())
+    # A part of a step does not grow with the batch: more samples a device are faster, each.
+    bounds = roofline.Bounds(SECONDS[remat] * (samples + 0.2), 0, 0.1 if config.mesh.fsdp < 64 else 9, 0)
+    mesh = dict(config.mesh)
+    return Plan(
+        "v5e:16x16", 1, DEVICES, DEVICES, mesh, config.batch_size, 1, memory, {"all": 1}, program, bounds, 0.5, 1, 1
+    )
+
+
+def run(limit_gib):
+    config = load_config(CONFIG, ["batch_size=256"])
+    compiled = []
+
+    def compile_step(chosen):
+        compiled.append(chosen)
+        return plan_of(chosen, int(limit_gib * GIB))
+
+    return search.search(config, "v5e:16x16", 1, compile_step, lambda _: None), compiled
+
+
+def test_the_fastest_that_fits_comes_first_and_few_are_compiled():
+    tried, compiled = run(15.75)
+    assert len(compiled) <= search.MOST_COMPILES
+    best = tried[0]
+    room = (1 - search.SPARE) * 15.75
+    choices = {
+        (remat, fsdp, samples): samples / plan.bounds.step_s
+        for remat in A_SAMPLE
+        for fsdp in search.FSDP
+        for samples in (1, 2, 4, 8)
+        if STATE / GIB / fsdp + A_SAMPLE[remat] / GIB * samples <= room
+        for plan in [plan_of(search.Candidate(samples, remat, fsdp).apply(load_config(CONFIG), DEVICES), GIB)]
+    }
+    # dots with two samples a device; what is recomputed less does not fit, what is recomputed more is slower.
+    assert best.samples_a_second == pytest.approx(DEVICES * max(choices.values()))
+    assert (best.candidate.remat, best.candidate.samples) == ("dots", 2)
+    assert not any(one.fits for one in tried if one.candidate.remat == "none")
+    text = search.show(tried, DEVICES)
+    assert "The fastest that fits: --config.batch_size=512 --config.model.remat=dots" in text
+    assert text.count("does not fit") == sum(not one.fits for one in tried)
+
+
+def test_a_state_that_fits_nowhere_is_told():
+    config = load_config(CONFIG, ["batch_size=256"])
+    with pytest.raises(UserError, match="the state alone"):
+        search.search(config, "v5e:1x1", 1, lambda _: pytest.fail("compiled"), lambda _: None)
+
+
+def test_the_estimate_grows_with_what_is_recomputed_and_with_what_is_gathered():
+    config, chip = load_config(CONFIG), chips.chip("v5p")
+
+    def seconds(**changes):
+        return search.estimate(
+            config, 10**9, search.Candidate(**({"samples": 4, "remat": "dots", "fsdp": 1} | changes)), chip
+        )
+
+    assert seconds(remat="full") > seconds() == seconds(remat="none")
+    slow = chips.chip("v5p").__class__(**{**vars(chip), "ici_bandwidth": 1e9})
+    # 15/16 of the weights against 1/2: two groups of views, forward and backward, and the teacher's two.
+    apart, near = (search.estimate(config, 10**9, search.Candidate(1, "dots", fsdp), slow) for fsdp in (16, 2))
+    assert apart / near == pytest.approx(15 / 8)
