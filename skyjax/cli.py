@@ -1,6 +1,7 @@
 """The `skyjax` command: one verb, one thin function. A verb imports its room only when it is called."""
 
 import argparse
+import functools
 import json
 import logging
 import pathlib
@@ -86,7 +87,8 @@ def _train(options: argparse.Namespace, overrides: list[str]) -> int:
         return 0
     if options.workdir is None:
         raise UserError("train: --workdir=DIR is missing; it gets config, metrics, checkpoints and report")
-    return loop.train(config, options.workdir, report=write_report, profile=options.profile)
+    config_for = functools.partial(load_config, options.config, overrides)
+    return loop.train(config, options.workdir, report=write_report, profile=options.profile, config_for=config_for)
 
 
 def _add_compile(verbs: Any) -> None:

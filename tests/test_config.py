@@ -129,3 +129,35 @@ def test_config_is_locked():
     config = load_config(CONFIG)
     with pytest.raises(AttributeError):
         config.batchsize = 1
+
+
+RULES = """
+import ml_collections
+
+def get_config():
+    return ml_collections.ConfigDict({
+        "batch_size": 8,
+        "model": {"remat": "full"},
+        "mesh_rules": (
+            (r"v5e:4x4", {"batch_size": 16}),
+            (r"v5e:.*", {"batch_size": 32, "model.remat": "none"}),
+            (r"bad", {"model.rematt": "none"}),
+        ),
+    })
+"""
+
+
+def test_the_first_rule_that_fits_the_topology_is_applied_before_the_overrides(tmp_path):
+    path = tmp_path / "ruled.py"
+    path.write_text(RULES)
+
+    def values(topology, *overrides):
+        config = load_config(path, overrides, topology)
+        return config.batch_size, config.model.remat
+
+    assert values(None) == values("cpu:8") == (8, "full")
+    assert values("v5e:4x4") == (16, "full")
+    assert values("v5e:8x8") == values("v5e:4x4*2") == (32, "none")
+    assert values("v5e:8x8", "batch_size=64") == (64, "none")
+    with pytest.raises(UserError, match=r'"model.rematt" does not exist; nearest: "model.remat"'):
+        values("bad")

@@ -28,7 +28,7 @@ from skyjax.config import to_json
 from skyjax.errors import UserError
 from skyjax.input.loader import Loader, device_batches
 from skyjax.models.parameters import parts, show, table
-from skyjax.parallel import distributed, flops
+from skyjax.parallel import distributed, flops, topology
 from skyjax.parallel.mesh import make_mesh
 from skyjax.parallel.sharding import batch_sharding, check_batch_size, replicated, state_shardings, with_shardings
 from skyjax.sensors import statistics
@@ -60,6 +60,7 @@ def train(
     evaluators: Sequence[Evaluator] = (),
     report: Callable[[pathlib.Path], Any] | None = None,
     profile: str = "",
+    config_for: Callable[[str], ml_collections.ConfigDict] | None = None,
 ) -> int:
     """Trains to `config.steps`; goes on from the newest checkpoint where `workdir` holds one.
 
@@ -73,6 +74,7 @@ def train(
         line of metrics.jsonl. One that fails is named in a warning and the run goes on.
       report: called with `workdir` when training is done.
       profile: "FIRST:LAST", the steps to trace into profile/; "" for none.
+      config_for: the experiment for the devices that are there, of their name (parallel/topology.py): its mesh rules.
 
     Returns:
       The exit code: 0 done, 75 preempted with everything saved, 1 after NONFINITE_LIMIT skipped updates in a row (the
@@ -90,6 +92,8 @@ def train(
         stack.enter_context(leave_when_broken())
         is_first = jax.process_index() == 0
         ledger = Ledger(workdir if is_first else None, began)
+        if config_for is not None:
+            config = config_for(topology.name_of(jax.devices()))
         mesh = make_mesh(config.mesh)
         check_batch_size(config.batch_size, config.micro_batches, mesh)
         state, loader, notes = start(config, workdir, mesh)
