@@ -2,7 +2,8 @@
 
 skyjax train --config=configs/time_series.py --workdir=runs/time_series
 skyjax eval --checkpoint=runs/time_series --task=segmentation --dataset=runs/records/worldcereal --label=crop_type
-One CPU core. Measured against untrained features, the raw series and shuffled dates: docs/findings.md, "Time series".
+One CPU core, 16 minutes, 3.1 GB. Crop types, pixel accuracy: 78.7 % (untrained 78.1 %, raw series 83.5 %); land cover:
+5.4 points below untrained. It is not shown to learn the seasons from so little: docs/findings.md, "Time series".
 """
 
 import pathlib
@@ -84,7 +85,7 @@ def _data(records: str) -> ml_collections.ConfigDict:
             "sources": _sources(records),
             "threads": 2,
             "prefetch": 4,
-            # Half of them under cloud. Fewer or more (10 and 8, 28 and 24) did worse in runs of 220 steps.
+            # Half of them under cloud. Fewer or more (10 and 8, 28 and 24) were no better in single runs of 220 steps.
             "dates": {"multispectral": 16, "sar": 12},
             # Crops of one site in one batch have the same dates: what tells them apart is what grows there.
             "same_dates": 32,
