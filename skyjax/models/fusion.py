@@ -4,6 +4,8 @@ Attention runs over dates and modalities alone; places are folded into the batch
 so that the result depends neither on padding nor on the order of the dates.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,12 +32,15 @@ class Fusion(nnx.Module):
         compute: Compute,
         rngs: nnx.Rngs,
         date_stddev: float = TOKEN_STDDEV,
+        parts: int = 1,
     ):
+        """`parts`: places go through the layers in so many turns, so that what lies between two layers stays small."""
         self.dates = nnx.Param(date_stddev * seasons(rngs.params(), spatial_width))
         self.projection = Linear(spatial_width, width, compute.dtype, rngs)
         self.extra_token = token((width,), rngs)
         self.layers = stack(lambda r: TransformerLayer(width, heads, EPSILON, compute.dtype, r), depth, rngs)
         self.compute = compute
+        self.parts = parts
 
     def __call__(
         self,
@@ -61,8 +66,25 @@ class Fusion(nnx.Module):
         mask = jnp.concatenate([jnp.ones((b * h * w, 1), bool), mask], axis=1)
         first = jnp.broadcast_to(self.extra_token[...].astype(x.dtype), (b * h * w, 1, d))
         x = jnp.concatenate([first, x], axis=1)
-        x = run_transformer(self.compute, self.layers, x, mask, key, queries=1)
-        return x[:, 0].reshape(b, h, w, d)
+        return self._run(x, mask, key)[:, 0].reshape(b, h, w, d)
+
+    def _run(self, x: Float[Array, "n k d"], mask: Bool[Array, "n k"], key: jax.Array | None) -> Float[Array, "n 1 d"]:
+        """The layers on all places, `parts` of them one after another; the first token of each is wanted."""
+        parts = math.gcd(self.parts, len(x))
+        if parts == 1:
+            return run_transformer(self.compute, self.layers, x, mask, key, queries=1)
+
+        def split(rows: Array) -> Array:
+            # Every `parts`-th place goes into a part: so each device splits its own places.
+            return jnp.moveaxis(rows.reshape(-1, parts, *rows.shape[1:]), 1, 0)
+
+        def run(part: tuple[Array, Array, Array]) -> Array:
+            x, mask, number = part
+            own = None if key is None else jax.random.fold_in(key, number)
+            return run_transformer(self.compute, self.layers, x, mask, own, queries=1)
+
+        done = jax.lax.map(run, (split(x), split(mask), jnp.arange(parts)))
+        return jnp.moveaxis(done, 0, 1).reshape(-1, 1, done.shape[-1])
 
 
 def seasons(key: jax.Array, width: int) -> Float[Array, "366 width"]:

@@ -308,6 +308,7 @@ def _fusion(config: Config, compute: Compute, rngs: nnx.Rngs) -> Fusion | None:
             compute=compute,
             rngs=rngs,
             date_stddev=config.fusion.get("date_stddev", TOKEN_STDDEV),
+            parts=config.fusion.get("parts", 1),
         )
     if len(config.modalities) > 1:
         raise ValueError(

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -112,6 +113,7 @@ def compile_ahead(
 
 def _compile(connection: Connection, lower: Callable[..., Any], arguments: tuple[Any, ...], code: bool) -> None:
     """What the other process does."""
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
     try:
         lowered = lower(*arguments)
         connection.send(("lowered", None))
@@ -128,11 +130,18 @@ def _compile(connection: Connection, lower: Callable[..., Any], arguments: tuple
         connection.send(("done", measured if code else dict.fromkeys(measured)))
 
 
+def _leave_with(parent: int) -> None:
+    """Ends this process once its parent is gone, however that went: a compiler must not go on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os._exit(1)
+
+
 def _receive(connection: Connection) -> tuple[str, Any]:
     try:
         word, value = connection.recv()
     except EOFError:
-        return "failed", "the compiler's process ended without a word; its last words stand above"
+        return "failed", "the compiler's process was ended from outside; where memory ran out, give it more"
     return word, value
 
 

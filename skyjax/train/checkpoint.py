@@ -37,7 +37,7 @@ Notes = dict[str, Any]
 
 # Config keys that a resumed run may change: they touch neither the state's shape nor what the steps mean.
 FREE_KEYS = (
-    r"steps|(log|checkpoint|eval|watchdog|mesh)\..*|mesh_rules|model\.(remat|scan)|data\.(threads|prefetch)"
+    r"steps|(log|checkpoint|eval|watchdog|mesh)\..*|mesh_rules|model\.(remat|scan|fusion\.parts)|data\.(threads|prefetch)"
     r"|objective\.(rank|spread)_alarm"
 )
 

@@ -91,6 +91,28 @@ def test_scan_and_remat_change_nothing(inputs):
         jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(**other), want)
 
 
+def test_places_in_turns_change_nothing(inputs):
+    """Values and gradients; of 12 places, 5 turns become one, as no other divides them."""
+
+    def run(parts):
+        model = Fusion(
+            spatial_width=6, width=8, depth=2, heads=2, compute=Compute(remat="dots"), rngs=nnx.Rngs(0), parts=parts
+        )
+        graph, state = nnx.split(model)
+        weights = jnp.cos(jnp.arange(2 * 3 * 2 * 8.0)).reshape(2, 3, 2, 8)
+
+        def loss(state):
+            fused = nnx.merge(graph, state)(*inputs)
+            return jnp.sum(fused * weights), fused
+
+        (_, fused), gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))(state)
+        return fused, nnx.to_pure_dict(gradient)
+
+    want = run(1)
+    for parts in (4, 5):
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5), run(parts), want)
+
+
 def test_padding_changes_nothing(fusion, inputs):
     features, days, valid = inputs
     pad = np.random.default_rng(1).normal(size=(2, 3, 3, 2, 6)).astype(np.float32) * 1e3

@@ -31,7 +31,7 @@ def test_what_does_not_fit_is_planned_all_the_same():
 def test_refusals_and_deaths_are_told():
     with pytest.raises(UserError, match="this cannot be lowered"):
         compile_ahead(programs.refused, (), say=lambda _: None)
-    with pytest.raises(CompilerError, match="ended without a word"):
+    with pytest.raises(CompilerError, match="ended from outside"):
         compile_ahead(programs.killed, (), say=lambda _: None)
 
 
