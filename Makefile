@@ -8,7 +8,7 @@ RECORDS := runs/records
 SLOW_PARTS := train multiprocess launch
 SOURCES := triples worldcereal worldcereal_pixels worldcereal_monthly cropharvest benv2 pastis treesatai flair2
 
-.PHONY: env pretrain records test test-slow lint format lock
+.PHONY: env pretrain records test test-slow goldens lint format lock
 
 env: $(VENV)/.installed
 
@@ -43,6 +43,11 @@ test-slow: $(SLOW_PARTS:%=test-slow-%)
 
 test-slow-%: env
 	$(BIN)/python -m pytest -m slow -n 0 tests/$*
+
+# Where arrays live and what chips send each other, as agreed on; tests compare with it. PARTS=state takes seconds,
+# PARTS="state small" minutes, all of it an hour and 6 GB: SkySense at full size is compiled for each topology.
+goldens: env
+	$(BIN)/python tests/golden/write_goldens.py $(PARTS)
 
 lint: env
 	$(BIN)/ruff check .
