@@ -32,18 +32,17 @@ SIZES = {
 }
 
 # Names of topologies, several slices as NAME*SLICES -> what is set for them, the first that fits (docs/scale.md). The
-# paper's 240 samples do not go evenly on 2^n chips, so 256, and one a chip where there are more. Where HBM is large,
-# what projections give is kept. Where it is slow for the chip's products, fusion's places go in turns that stay in VMEM.
-_V5E = {"batch_size": 256}
-_V6E = {"batch_size": 256, "model.fusion.parts": 4}
-_KEPT = {"batch_size": 256, "model.fusion.parts": 4, "model.remat": "dots"}
+# paper's 240 samples do not go evenly on 2^n chips, so 256, and one a chip where there are more. v6e's HBM is slow for
+# its products: fusion's places go in turns that stay in VMEM. Where HBM is large, what projections give is kept.
+_TURNS = {"batch_size": 256, "model.fusion.parts": 4}
+_KEPT = {"batch_size": 256, "model.remat": "dots"}
 MESH_RULES = (
-    (r"v5e:16x16\*2", _V5E | {"batch_size": 512}),
-    (r"v5e:16x16\*4", _V5E | {"batch_size": 1024}),
-    (r"v5e:.*", _V5E),
-    (r"v6e:16x16\*2", _V6E | {"batch_size": 512}),
-    (r"v6e:16x16\*4", _V6E | {"batch_size": 1024}),
-    (r"v6e:.*", _V6E),
+    (r"v5e:16x16\*2", {"batch_size": 512}),
+    (r"v5e:16x16\*4", {"batch_size": 1024}),
+    (r"v5e:.*", {"batch_size": 256}),
+    (r"v6e:16x16\*2", _TURNS | {"batch_size": 512}),
+    (r"v6e:16x16\*4", _TURNS | {"batch_size": 1024}),
+    (r"v6e:.*", _TURNS),
     (r"v5p:8x8x8|tpu7x:4x8x8", _KEPT | {"batch_size": 512}),
     (r"v5p:8x8x16|tpu7x:8x8x8", _KEPT | {"batch_size": 1024}),
     (r"(v4|v5p|tpu7x):.*", _KEPT),

@@ -116,6 +116,7 @@ def _add_compile(verbs: Any) -> None:
 
 def _compile(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.config import load_config
+    from skyjax.parallel.ahead import CompilerError
     from skyjax.train import plan, plan_text
 
     def say(words: str) -> None:
@@ -125,7 +126,11 @@ def _compile(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.config, overrides, where)
     if options.search:
         return _search(options, config, say)
-    found = plan.compile_step(config, options.topology, options.slices, code=options.code, say=say)
+    try:
+        found = plan.compile_step(config, options.topology, options.slices, code=options.code, say=say)
+    except CompilerError as error:
+        print(f"skyjax: XLA did not compile it: {error}", file=sys.stderr)
+        return 1
     print(plan_text.show(found))
     if options.json:
         options.json.write_text(json.dumps(plan_text.to_json(found), indent=1) + "\n")

@@ -25,6 +25,7 @@ from skyjax.errors import UserError
 
 POLL_SECONDS = 0.5
 SETTLED_SECONDS = 3.0  # files of a plan that did not grow for so long are whole
+MOST_MEMORY = 0.8  # of the computer's, that the compiler may take
 # Planned to the end where memory runs out, so that one can see of what.
 OPTIONS = {"xla_tpu_no_crash_on_oom": "true"}
 # As XLA names what it writes down; a module for the CPU has "cpu_" before "after".
@@ -90,6 +91,11 @@ def compile_ahead(
             done, planned, highest = None, False, 0
             while done is None:
                 highest = max(highest, _resident(process.pid))
+                if highest > MOST_MEMORY * _memory():
+                    raise CompilerError(
+                        f"the compiler took {highest / 2**30:.0f} GiB, {MOST_MEMORY:.0%} of this computer's memory, and"
+                        " was stopped; use a computer with more, or another mesh (docs/findings.md has a case)"
+                    )
                 if ours.poll(POLL_SECONDS):
                     word, value = _receive(ours)
                     if word == "lowered":
@@ -184,6 +190,11 @@ def _resident(process: int | None) -> int:
         pages = pathlib.Path(f"/proc/{process}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def _memory() -> int:
+    """Bytes of memory that this computer has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextlib.contextmanager
