@@ -16,8 +16,9 @@ FREE = {
     "partition-id", "replica-id", "domain", "rng-get-and-update-state",
 }  # fmt: skip
 FREE_CALLS = {
-    "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked", "SliceId",
-    "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape",
+    "AllocateBuffer", "AssumeGatherIndicesInBound", "ConcatBitcast", "GatherScatterIndicesBitpacked",
+    "PrepareAsyncCallDone", "PrepareAsyncCallStart", "SliceId", "Sharding", "SPMDFullToShardShape",
+    "SPMDShardToFullShape",
 }  # fmt: skip
 # Every value of their operands is needed, however little of their result is.
 WHOLE = {"dot", "convolution", "reduce", "reduce-window", "sort", "custom-call", "select-and-scatter", "fft", "rng"}

@@ -12,15 +12,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from skyjax import NO_TPU_HERE
 from skyjax.errors import UserError, nearest
 
-# libtpu reads these when it is loaded. There is no TPU to ask about, and other processes may compile too.
-NO_TPU_HERE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 # Names as XLA knows them -> number of axes of the torus.
 GENERATIONS = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 DEVICE_KINDS = {
@@ -65,7 +59,8 @@ def describe(name: str, slices: int = 1) -> Sequence[jax.Device]:
     generation, shape = parse(name)
     if slices < 1:
         raise UserError(f"slices: {slices} is not a number of slices; it is 1 or more")
-    for variable, value in NO_TPU_HERE.items():
+    # Other processes may compile too, and a TPU that is here is not asked.
+    for variable, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **NO_TPU_HERE}.items():
         os.environ.setdefault(variable, value)
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if generation == "v4":

@@ -1,5 +1,7 @@
 """A plan (plan.py) in words, and as the object that `--json` writes."""
 
+import collections
+import re
 from typing import Any
 
 from skyjax.parallel import chips
@@ -43,8 +45,9 @@ def show(plan: Plan) -> str:
         f"MFU is at most {plan.mfu_ceiling:.1%}: the model's FLOPs against {plan.chips} chips' peak for that long.",
     ]
     if program.unknown:
-        named = "; ".join(program.unknown[:UNKNOWN])
-        lines.append(f"Not counted, {len(program.unknown)} in all: {named}")
+        # "name: what it is (where it comes from)"
+        kinds = collections.Counter(re.sub(r"^\S+: | \([^()]*\)$", "", unknown) for unknown in program.unknown)
+        lines.append("Not counted: " + "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common(UNKNOWN)))
     lines.append(f"Compiled in {plan.compile_seconds:.0f} s with {plan.compile_bytes / GIB:.1f} GiB.")
     return "\n".join(lines)
 
