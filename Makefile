@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/pretrain_sample
 RECORDS := runs/records
-SLOW_PARTS := train multiprocess launch
+SLOW_PARTS := train multiprocess launch parallel golden
 SOURCES := triples worldcereal worldcereal_pixels worldcereal_monthly cropharvest benv2 pastis treesatai flair2
 
 .PHONY: env pretrain records test test-slow goldens lint format lock
