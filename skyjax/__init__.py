@@ -42,13 +42,13 @@ def _turn_wrong_fusion_off() -> None:
 _turn_wrong_fusion_off()
 
 # libtpu reads these when it is loaded. Where it is installed and no TPU is there, it would look for one and complain.
-NO_TPU_HERE = {
+_NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 if not (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/*")):
-    for _name, _value in NO_TPU_HERE.items():
+    for _name, _value in _NO_TPU_HERE.items():
         os.environ.setdefault(_name, _value)
 
 

@@ -245,11 +245,23 @@ Values = Mapping[int, "Linear | dict[int, Linear] | None"]
 
 
 def _value(
-    module: Module, computation: Computation, name: str, parameters: Values
+    module: Module, computation: Computation, name: str, parameters: Values, seen: "dict[str, Any] | None" = None
 ) -> "Linear | dict[int, Linear] | None":
-    """An integer, or the known elements of a tuple, given those of the parameters; None where it is not known."""
+    """An integer, or the known elements of a tuple, given those of the parameters; None where it is not known.
+
+    `seen`: values of this computation that are known already: an operand of many is looked at once.
+    """
+    seen = {} if seen is None else seen
+    if name not in seen:
+        seen[name] = _fresh_value(module, computation, name, parameters, seen)
+    return seen[name]
+
+
+def _fresh_value(
+    module: Module, computation: Computation, name: str, parameters: Values, seen: dict[str, Any]
+) -> "Linear | dict[int, Linear] | None":
     at = computation.instructions[name]
-    inner = functools.partial(_value, module, computation, parameters=parameters)
+    inner = functools.partial(_value, module, computation, parameters=parameters, seen=seen)
     if at.opcode == "parameter":
         return parameters.get(int(at.attributes.partition(")")[0]))
     if at.opcode == "tuple":

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from skyjax import NO_TPU_HERE
 from skyjax.errors import UserError, nearest
 
 # Names as XLA knows them -> number of axes of the torus.
@@ -59,9 +58,8 @@ def describe(name: str, slices: int = 1) -> Sequence[jax.Device]:
     generation, shape = parse(name)
     if slices < 1:
         raise UserError(f"slices: {slices} is not a number of slices; it is 1 or more")
-    # Other processes may compile too, and a TPU that is here is not asked.
-    for variable, value in {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", **NO_TPU_HERE}.items():
-        os.environ.setdefault(variable, value)
+    # libtpu reads it when it is loaded: other processes may compile too. The rest that it reads: skyjax/__init__.py.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
     if generation == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip as one device

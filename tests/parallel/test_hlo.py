@@ -406,3 +406,36 @@ def test_time_grows_with_the_length(data_parallel):
     whole = f"HloModule many, num_partitions=4\n{''.join(parts)}\nENTRY %all () -> () {{\n{calls}}}\n"
     assert len(whole) > 8e6
     assert hlo.analyse(whole).flops == copies * hlo.analyse(text).flops
+
+
+def test_a_value_that_many_instructions_share_is_looked_at_once():
+    """Each of 60 sums takes the one before twice: without a memory, 2^60 looks for the loop's length."""
+    sums = "\n".join(f"  %x.{i + 1} = s32[] add(%x.{i}, %x.{i})" for i in range(60))
+    text = f"""HloModule m, entry_computation_layout={{(s32[])->s32[]}}
+
+%body (p: (s32[], s32[])) -> (s32[], s32[]) {{
+  %p = (s32[], s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x.0 = s32[] get-tuple-element(%p), index=1
+{sums}
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], s32[]) tuple(%next, %x.60)
+}}
+
+%condition (q: (s32[], s32[])) -> pred[] {{
+  %q = (s32[], s32[]) parameter(0)
+  %j = s32[] get-tuple-element(%q), index=0
+  %end = s32[] constant(7)
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}}
+
+ENTRY %main (a: s32[]) -> s32[] {{
+  %a = s32[] constant(0)
+  %start = (s32[], s32[]) tuple(%a, %a)
+  %loop = (s32[], s32[]) while(%start), condition=%condition, body=%body
+  ROOT %result = s32[] get-tuple-element(%loop), index=1
+}}
+"""
+    module = hlo_text.parse(text)
+    assert hlo_text.trip_count(module, module.entry.instructions["loop"], module.entry, {})[0] == 7
