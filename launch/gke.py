@@ -22,9 +22,9 @@ from job import (
     MOUNTS,
     Step,
     add_slices,
-    add_training,
     buckets,
     launcher,
+    make_parser,
     mounted,
     name_of,
     parse,
@@ -66,14 +66,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/gke.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("action", nargs="?", choices=("start", "status", "logs", "stop"), default="start")
-    add_training(parser)
+    parser = make_parser("launch/gke.py", __doc__, ("start", "status", "logs", "stop"))
     add_slices(parser)
     parser.add_argument("--cluster", required=True, help="the GKE cluster, with JobSet 0.8 or newer")
     parser.add_argument("--location", required=True, help="region or zone of the cluster")

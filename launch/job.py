@@ -42,12 +42,20 @@ class Step:
         return line if self.text is None else f"{line} <<'END'\n{self.text.rstrip()}\nEND"
 
 
-def add_training(parser: argparse.ArgumentParser) -> None:
-    """The words of `skyjax train`, to which --config.KEY=VALUE come."""
+def make_parser(script: str, about: str | None, actions: Sequence[str]) -> argparse.ArgumentParser:
+    """A launcher's parser with its actions, of which the first is done where none is named, and `skyjax train`'s words.
+
+    --config.KEY=VALUE come to these (`parse`).
+    """
+    parser = argparse.ArgumentParser(
+        prog=script, description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("action", nargs="?", choices=actions, default=actions[0])
     parser.add_argument("--config", help="as of skyjax train, a path in this checkout; --config.KEY=VALUE overrides")
     parser.add_argument("--workdir", help="as of skyjax train; on Google Cloud gs://BUCKET/PATH")
     parser.add_argument("--name", help="of the run (default: the config's)")
     parser.add_argument("--dry-run", action="store_true", help="print exactly what would be run, and run nothing")
+    return parser
 
 
 def add_slices(parser: argparse.ArgumentParser) -> None:

@@ -37,8 +37,9 @@ if systemctl is-active --quiet skyjax; then
 fi
 if ! command -v gcsfuse >/dev/null; then
   deb=gcsfuse_3.2.0_amd64.deb
-  curl -fsSL -o "/tmp/$deb" "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v3.2.0/$deb"
-  sudo apt-get install -qy "/tmp/$deb"
+  folder=$(mktemp -d)
+  curl -fsSL -o "$folder/$deb" "https://github.com/GoogleCloudPlatform/gcsfuse/releases/download/v3.2.0/$deb"
+  sudo apt-get install -qy "$folder/$deb"
 fi
 # The machine's own account reads the image, as it does the buckets.
 registry="${IMAGE%%/*}"

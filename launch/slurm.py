@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from job import ROOT, Step, add_training, launcher, name_of, parse, perform, require, train
+from job import ROOT, Step, launcher, make_parser, name_of, parse, perform, require, train
 
 from skyjax.errors import UserError
 
@@ -39,14 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/slurm.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("action", nargs="?", choices=("start", "status", "logs", "stop"), default="start")
-    add_training(parser)
+    parser = make_parser("launch/slurm.py", __doc__, ("start", "status", "logs", "stop"))
     parser.add_argument("--nodes", type=int, default=1, help="how many, each whole (default 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="and so tasks a node (default 8)")
     parser.add_argument("--time", default="1-00:00:00", help="limit of one attempt (default one day); it goes on after")

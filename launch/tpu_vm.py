@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from job import (
     Step,
     add_slices,
-    add_training,
     buckets,
     launcher,
+    make_parser,
     mounted,
     name_of,
     parse,
@@ -70,15 +70,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch/tpu_vm.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    actions = ("up", "start", "status", "logs", "stop", "delete")
-    parser.add_argument("action", nargs="?", choices=actions, default="up")
-    add_training(parser)
+    parser = make_parser("launch/tpu_vm.py", __doc__, ("up", "start", "status", "logs", "stop", "delete"))
     add_slices(parser)
     parser.add_argument("--zone", required=True, help="of the machines")
     parser.add_argument("--queued", action="store_true", help="by a queued resource: waits for room; several slices")

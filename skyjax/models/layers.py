@@ -19,11 +19,8 @@ MLP_RATIO = 4
 TOKEN_STDDEV = 0.02  # of tokens and tables that are added to features
 
 # What is kept of a block for the backward pass. The products of attention have batch axes: they are not kept by "dots".
-REMAT = {
-    "full": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "none": jax.checkpoint_policies.everything_saveable,
-}
+_KEPT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+REMAT = (*_KEPT, "none")
 
 Carry = TypeVar("Carry")
 Place: TypeAlias = Callable[[Array], Array]
@@ -79,7 +76,7 @@ class Compute:
         # Inside a scan forward and backward are two loops, so nothing can merge the recomputed values with the first.
         if self.remat == "none":
             return placed
-        return jax.checkpoint(placed, prevent_cse=not self.scans(length), policy=REMAT[self.remat])
+        return jax.checkpoint(placed, prevent_cse=not self.scans(length), policy=_KEPT[self.remat])
 
     def run(self, body: Callable[[Carry, Any], Carry], x: Carry, layers: Any) -> Carry:
         """Applies `body(x, layer)` along the leading axis of the arrays in `layers`."""

@@ -169,13 +169,19 @@ def training(config: ml_collections.ConfigDict) -> dict[str, dict[str, int]]:
     return {"student": student | of_heads, "teacher": groups["global"] | of_heads}
 
 
-def model_flops(config: ml_collections.ConfigDict) -> int:
-    """What training on one sample takes without any recomputation: 3 x the student's forward pass + 1 x the teacher's.
+def model_parts(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """What training on one sample takes without any recomputation, part by part: 3 x the student's forward pass + 1 x
+    the teacher's.
 
     Going back costs twice what going forward does: one product for the inputs' gradient, one for the weights'.
     """
     passes = training(config)
-    return 3 * sum(passes["student"].values()) + sum(passes["teacher"].values())
+    return {part: 3 * count + passes["teacher"].get(part, 0) for part, count in passes["student"].items()}
+
+
+def model_flops(config: ml_collections.ConfigDict) -> int:
+    """All of `model_parts`."""
+    return sum(model_parts(config).values())
 
 
 def products(jaxpr: Jaxpr) -> int:

@@ -13,18 +13,10 @@ import jax
 from jax.experimental import topologies
 
 from skyjax.errors import UserError, nearest
+from skyjax.parallel.chips import chips, of_kind
 
-# Names as XLA knows them -> number of axes of the torus.
-GENERATIONS = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
-DEVICE_KINDS = {
-    "TPU v2": "v2",
-    "TPU v3": "v3",
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "tpu7x",
-}
+# XLA knows them too; their peaks do not stand in chips.toml. Name -> number of axes of the torus.
+_WITHOUT_PEAKS = {"v2": 2, "v3": 2}
 
 
 def parse(name: str) -> tuple[str, tuple[int, ...]]:
@@ -37,13 +29,13 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
     if found is None:
         raise UserError(f'topology: "{name}" is not written as GENERATION:AxB or AxBxC, as in v5e:16x16 or v5p:4x4x8')
     generation, shape = found[1], tuple(int(size) for size in found[2].split("x"))
-    if generation not in GENERATIONS:
+    axes = _axes()
+    if generation not in axes:
         raise UserError(
-            f'topology: "{generation}" is not known{nearest(generation, GENERATIONS)}; known are'
-            f" {', '.join(GENERATIONS)}"
+            f'topology: "{generation}" is not known{nearest(generation, axes)}; known are {", ".join(axes)}'
         )
-    if len(shape) != GENERATIONS[generation]:
-        raise UserError(f'topology: "{name}" has {len(shape)} axes; a {generation} has {GENERATIONS[generation]}')
+    if len(shape) != axes[generation]:
+        raise UserError(f'topology: "{name}" has {len(shape)} axes; a {generation} has {axes[generation]}')
     return generation, shape
 
 
@@ -80,13 +72,14 @@ def name_of(devices: Sequence[jax.Device]) -> str:
     Several equal slices are written as one, with their number: "v5e:16x16*2".
     """
     kind = devices[0].device_kind
-    if kind not in DEVICE_KINDS:
+    chip = of_kind(kind)
+    generation = chip.name if chip else kind.removeprefix("TPU ")
+    if generation not in _axes():
         return f"{kind}:{len(devices)}"
-    generation = DEVICE_KINDS[kind]
     count = slice_count(devices)
     coordinates = [device.coords for device in devices if slice_of(device) == slice_of(devices[0])]
     extent = [max(axis) - min(axis) + 1 for axis in zip(*coordinates, strict=True)]
-    shape = "x".join(str(size) for size in extent[: GENERATIONS[generation]])
+    shape = "x".join(str(size) for size in extent[: _axes()[generation]])
     return f"{generation}:{shape}" + (f"*{count}" if count > 1 else "")
 
 
@@ -98,3 +91,8 @@ def slice_of(device: jax.Device) -> int:
 def slice_count(devices: Sequence[jax.Device]) -> int:
     """Into how many slices the devices fall."""
     return len({slice_of(device) for device in devices})
+
+
+def _axes() -> dict[str, int]:
+    """Generation -> number of axes of its torus."""
+    return _WITHOUT_PEAKS | {chip.name: chip.axes for chip in chips().values() if chip.axes}

@@ -273,9 +273,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
     rows = [f"{row.path}  {row.shape}  {row.count:,}" for row in table(params).rows]
     lines = parts(params["encoder"], params["heads"], state.get("prototypes"))
     images = flops.view_images(config)["global"][1]
-    passes = flops.training(config)
-    training = {name: 3 * count + passes["teacher"].get(name, 0) for name, count in passes["student"].items()}
-    columns = {"GFLOPs a view": flops.encoder(config.model, images), "GFLOPs a sample": training}
+    columns = {"GFLOPs a view": flops.encoder(config.model, images), "GFLOPs a sample": flops.model_parts(config)}
     sizes = ", ".join(f"{m} {n.dates} x {n.rows} x {n.columns} px" for m, n in images.items())
     return "\n".join(
         [

@@ -6,7 +6,7 @@ least time that a step can take by the chips' published peaks. Nothing is alloca
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -171,7 +171,7 @@ def compile_step(
     params = states.abstract(config)["params"]
     compiled = compile_ahead(lower, (config, name, slices), code=code, say=say)
     program = hlo.analyse(compiled.text, [topology.slice_of(device) for device in mesh.devices.flat])
-    model = step_flops(config)
+    model = {part: config.batch_size * count for part, count in flops.model_parts(config).items()}
     chip_count = len(devices) // chip.devices_a_chip
     bounds = roofline.bounds(program, chip)
     return Plan(
@@ -196,10 +196,3 @@ def compile_step(
         compile_seconds=time.monotonic() - start,
         compile_bytes=compiled.process_bytes,
     )
-
-
-def step_flops(config: ml_collections.ConfigDict) -> dict[str, int]:
-    """FLOPs of a step part by part: 3 x the student's forward pass + 1 x the teacher's, of the whole batch."""
-    passes: Mapping[str, Mapping[str, int]] = flops.training(config)
-    student, teacher = passes["student"], passes["teacher"]
-    return {part: config.batch_size * (3 * count + teacher.get(part, 0)) for part, count in student.items()}

@@ -7,7 +7,7 @@ compiled: from then on the same remat's temporaries are taken to grow with the s
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -127,20 +127,20 @@ def search(
             break
         if expected(candidate) > room:
             continue
-        for larger in _bisect(attempt(candidate), room, state, lambda: len(tried) < MOST_COMPILES):
+        larger = _larger(attempt(candidate), room, state)
+        if larger is not None and len(tried) < MOST_COMPILES:
             attempt(larger)
     return sorted(tried, key=lambda one: (not one.fits, -one.samples_a_second))
 
 
-def _bisect(found: Tried, room: float, state: int, may_go_on: Callable[[], bool]) -> Iterator[Candidate]:
-    """The batch that fills the room, as far as temporaries grow with it; nothing where it does not grow."""
+def _larger(found: Tried, room: float, state: int) -> Candidate | None:
+    """With the batch that fills the room, as far as temporaries grow with it; None where there is no room for more."""
     candidate, memory = found.candidate, found.plan.memory
-    if not found.fits or not may_go_on():
-        return
+    if not found.fits:
+        return None
     most = int((room - state / candidate.fsdp) // max(memory.temporaries / candidate.samples, 1))
     samples = 2 ** int(math.log2(most)) if most >= 1 else 0
-    if samples > candidate.samples:
-        yield dataclasses.replace(candidate, samples=samples)
+    return dataclasses.replace(candidate, samples=samples) if samples > candidate.samples else None
 
 
 def estimate(config: ml_collections.ConfigDict, parameters: int, candidate: Candidate, chip: chips.Chip) -> float:

@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+from changed import changed
 
 from skyjax.train import checkpoint, goodput
 
@@ -53,13 +54,6 @@ def evaluate(state, step, stop):
         time.sleep(0.02)
     return {}
 """
-
-
-def changed(config, **changes):
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        copy.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return copy
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from changed import changed
 
 from skyjax.errors import UserError
 from skyjax.train import checkpoint
@@ -27,9 +28,7 @@ CONFIG = {
 
 
 def make_config(**changes):
-    config = ml_collections.ConfigDict(CONFIG)
-    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return config
+    return changed(ml_collections.ConfigDict(CONFIG), **changes)
 
 
 def make_state(step):

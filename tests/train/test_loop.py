@@ -12,6 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from changed import changed
 
 from skyjax.config import to_json
 from skyjax.errors import UserError
@@ -31,13 +32,6 @@ def final_state(workdir, config):
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state.abstract(config)
     )
     return checkpoint.load(checkpoint.find(workdir), abstract)
-
-
-def changed(config, **changes):
-    copy = config.copy_and_resolve_references()
-    with copy.unlocked():
-        copy.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
-    return copy
 
 
 @pytest.fixture(scope="module")
