@@ -315,6 +315,21 @@ def _add_data(verbs: Any) -> None:
     show.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     show.add_argument("--sites", type=int, default=4, help="how many of the first sites (default 4)")
 
+    tokenizer = _verb(
+        actions,
+        "tokenizer",
+        _data_tokenizer,
+        "Trains a SentencePiece model on texts: files with a text a line, .json and .jsonl with captions or questions,"
+        " folders of records.",
+        "skyjax data tokenizer --input captions.json runs/records/triples --vocab-size=4000 --out=runs/words.model",
+    )
+    tokenizer.add_argument(
+        "--input", type=pathlib.Path, action="extend", nargs="+", required=True, help="files and folders, in this order"
+    )
+    tokenizer.add_argument("--vocab-size", type=int, default=8000, help="pieces; few texts give fewer (default 8000)")
+    tokenizer.add_argument("--lower-case", action="store_true", help="fold letters: one piece for both cases")
+    tokenizer.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
+
 
 def _data_build(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.input.build import build
@@ -340,4 +355,12 @@ def _data_show(options: argparse.Namespace, overrides: list[str]) -> int:
     source = open_source(str(options.dataset))
     contact_sheet([source[i] for i in range(min(options.sites, len(source)))], options.out)
     print(options.out)
+    return 0
+
+
+def _data_tokenizer(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.input.tokenizer import train_tokenizer
+
+    made = train_tokenizer(options.input, options.vocab_size, options.out, lower_case=options.lower_case)
+    print(f"{options.out}: {made.size:,} ids, {options.vocab_size:,} asked for; SHA-256 {made.digest}")
     return 0
