@@ -90,7 +90,7 @@ def compile_ahead(
         try:
             done, planned, highest = None, False, 0
             while done is None:
-                highest = max(highest, _resident(process.pid))
+                highest = max(highest, _highest(process.pid))
                 if highest > MOST_MEMORY * _memory():
                     raise CompilerError(
                         f"the compiler took {highest / 2**30:.0f} GiB, {MOST_MEMORY:.0%} of this computer's memory, and"
@@ -111,7 +111,7 @@ def compile_ahead(
                     say(f"planned after {time.monotonic() - start:.0f} s" + ("; XLA writes the code" if code else ""))
                     if not code:
                         done = {"code_bytes": None, "live_bytes": None}
-            return _read(folder, process_bytes=highest, **done)
+            return _read(folder, process_bytes=max(highest, _highest(process.pid)), **done)
         finally:
             process.kill()
             process.join()
@@ -184,11 +184,11 @@ def read_allocations(text: str) -> tuple[int, int]:
     return arguments, rest
 
 
-def _resident(process: int | None) -> int:
-    """Bytes of memory that a process holds; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        pages = pathlib.Path(f"/proc/{process}/statm").read_text().split()[1]
-        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+def _highest(process: int | None) -> int:
+    """Bytes of memory that a process held at most so far; 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", pathlib.Path(f"/proc/{process}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
     return 0
 
 

@@ -14,7 +14,8 @@ Collectives: bytes that a chip sends, by the formulas of rings over g chips: all
 
 Between slices: a group of s slices with g/s chips in each counts the formula within a slice over ICI, and over DCN the
 formula over s slices of a chip's share, 1/(g/s) of the whole. libtpu does the same itself: a program for several slices
-is one slice's, and its exchanges with the others are `send`s that name their kind ("_xla_megascale_transfer_type").
+is one slice's, and its exchanges with the others are `send`s that name their kind ("_xla_megascale_transfer_type"). Of
+a large sum every chip sends its share, scattered before and gathered after over ICI; of a small one it sends the whole.
 """
 
 import dataclasses
@@ -284,7 +285,17 @@ class _Count:
             "all-gather": size * (slices - 1),
             "collective-permute": size,
         }.get(kind, size * (slices - 1) // slices)
-        tally.collectives.append(Collective(at.name, kind, at.op_name, Traffic(1, 0, sent)))
+        tally.collectives.append(Collective(at.name, kind, _origin(computation, at), Traffic(1, 0, sent)))
+
+
+def _origin(computation: Computation, at: Instruction) -> str:
+    """Where a value comes from that has no `op_name` of its own, as the first operand before it says that has one."""
+    number = 0
+    while not at.op_name and at.operands:
+        # Of several sums in one, an element's own.
+        element = int(at.attribute("index") or 0) if at.opcode == "get-tuple-element" else 0
+        at, number = computation.operand(at, min(number, len(at.operands) - 1)), element
+    return at.op_name
 
 
 def _is_scattered(fused: Computation, at: Instruction) -> bool:

@@ -193,6 +193,30 @@ def test_gradients_cross_slices_in_shares(slices):
     assert found.largest_collectives[0].traffic.dcn_bytes
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_of_a_large_gradient_a_chip_sends_its_share_of_a_slice_and_a_small_one_whole(dtype):
+    mesh = Mesh(mesh_utils.create_hybrid_device_mesh((4, 4), (2, 1), topology.describe("v5e:4x4", 2)), ("data", "fsdp"))
+    width, hidden, size = 1024, 2048, jnp.dtype(dtype).itemsize
+
+    def step(weights, x):
+        def loss(weights):
+            matrix, bias = weights
+            return jnp.sum(jnp.square(x @ matrix.astype(dtype) + bias).astype(jnp.float32))
+
+        return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+    weights = ((width, hidden), P("fsdp")), ((hidden,), P())
+    program = compile_for(mesh, step, weights, ((2048, width), P(("data", "fsdp")), dtype), trains=True)
+    found = hlo.analyse(program.as_text(), [topology.slice_of(device) for device in mesh.devices.flatten()])
+    sent = {collective.traffic.dcn_bytes: collective.op_name for collective in found.largest_collectives}
+    whole = width * hidden * size
+    # Summed over two slices; 4 x 4 chips of a slice have scattered the matrix before: over fsdp, then over data.
+    assert set(sent) - {0} == {whole // 16, hidden * 4}
+    assert found.collectives["reduce-scatter"].ici_bytes == whole * 3 // 4 + whole // 4 * 3 // 4
+    assert "dot_general" in sent[whole // 16]
+    assert "reduce_sum" in sent[hidden * 4]
+
+
 def test_each_kind_between_slices_by_hand():
     mesh = slices_mesh(2)
 
