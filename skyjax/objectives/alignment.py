@@ -1,7 +1,7 @@
 """Cross-modal alignment: the modalities of one site recognise one another among all sites of the batch.
 
 In: one feature a sample, view and modality. Out: for each pair of modalities the sum of its losses and their count.
-Formula: docs/fidelity.md, "Cross-modal alignment"; symmetric InfoNCE as in CLIP (Radford et al. 2021, section 2.3).
+Formula: docs/fidelity.md, "Cross-modal alignment"; symmetric InfoNCE (contrastive.py).
 """
 
 import itertools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from skyjax.objectives import heads
+from skyjax.objectives import contrastive, heads
 
 
 def align(
@@ -55,10 +55,8 @@ def symmetric_infonce(
     valid: Bool[Array, "b"],
     temperature: Float[Array, ""] | float,
 ) -> Float[Array, "b"]:
-    """Mean of the two cross-entropies of finding a row's counterpart among all valid rows; zero for other rows."""
-    scores = jnp.einsum("bd,cd->bc", first, second) / temperature
-    # A masked row keeps its own score, so that its (unused) logarithm and gradient stay finite.
-    scores = jnp.where(valid[:, None] & valid[None] | jnp.eye(len(valid), dtype=bool), scores, -jnp.inf)
-    there = jax.nn.logsumexp(scores, axis=1) - jnp.diagonal(scores)
-    back = jax.nn.logsumexp(scores, axis=0) - jnp.diagonal(scores)
-    return jnp.where(valid, (there + back) / 2, 0)
+    """Mean of the two cross-entropies of finding a row's counterpart among all valid rows; zero for other rows.
+
+    Unit vectors; those of masked rows are finite.
+    """
+    return contrastive.softmax(first, second[:, None], valid[:, None], temperature)
