@@ -124,9 +124,9 @@ def _compile(options: argparse.Namespace, overrides: list[str]) -> int:
 
     where = options.topology + (f"*{options.slices}" if options.slices > 1 else "")
     config = load_config(options.config, overrides, where)
-    if options.search:
-        return _search(options, config, say)
     try:
+        if options.search:
+            return _search(options, config, say)
         found = plan.compile_step(config, options.topology, options.slices, code=options.code, say=say)
     except CompilerError as error:
         print(f"skyjax: XLA did not compile it: {error}", file=sys.stderr)

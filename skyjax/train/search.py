@@ -1,14 +1,15 @@
 """Which batch, remat and mesh make a step fastest on a topology: ranked by estimate, then compiled, a few of them.
 
-The estimate knows the products and the weights that must be gathered. What a plan takes of HBM is only known once it is
-compiled: from then on the same remat's temporaries are taken to grow with the samples a device.
+The estimate knows the products and the weights that must be gathered; what goes through HBM and what lies there, it
+does not know. So the config's own choice is compiled first, and then whatever may be faster than the fastest so far by
+all that compiled plans have shown: of the same remat, its traffic a sample and its temporaries. Where nothing may be,
+the batch of the fastest is enlarged to what fits, and bisected.
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -16,11 +17,15 @@ import ml_collections
 from skyjax.errors import UserError
 from skyjax.models.layers import REMAT
 from skyjax.parallel import chips, flops, topology
+from skyjax.parallel.ahead import CompilerError
+from skyjax.parallel.mesh import AXES, mesh_shape
 from skyjax.train import state as states
 from skyjax.train.plan import Plan
 
 MOST_COMPILES = 8
+FOR_BATCH = 2  # of them are kept for larger batches
 SPARE = 0.1  # of HBM
+WORTH = 0.99  # of the fastest one's time a sample: what is not expected below is not compiled
 FSDP = (1, 2, 4, 8, 16, 32, 64)  # above, XLA sums whole gradients in place of scattering them
 BFLOAT16 = 2  # bytes
 
@@ -67,6 +72,13 @@ class Tried:
         return self.plan.batch_size / self.plan.bounds.step_s
 
 
+class Estimate(NamedTuple):
+    """Least seconds a sample on one device, of its products and of its share of the weights' way over ICI."""
+
+    compute: float
+    ici: float
+
+
 def search(
     config: ml_collections.ConfigDict,
     name: str,
@@ -83,11 +95,11 @@ def search(
       say: is told what goes on.
 
     Raises:
-      UserError: no candidate's state fits.
+      UserError: no candidate's state fits; or a candidate's, where none could be compiled.
+      CompilerError: likewise.
     """
     devices = topology.describe(name, slices)
     chip = chips.chip(topology.parse(name)[0])
-    least = max(1, math.ceil(config.batch_size / len(devices)))
     abstract = states.abstract(config)
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
@@ -96,55 +108,124 @@ def search(
     meshes = [fsdp for fsdp in FSDP if in_slice % fsdp == 0 and state / fsdp < room]
     if not meshes:
         raise UserError(f"search: the state alone, {state / 2**30:.0f} GiB, does not fit on {name} however it is split")
-    ranked = sorted(
-        (Candidate(least, remat, fsdp) for remat, fsdp in itertools.product(REMAT, meshes)),
-        key=lambda candidate: (estimate(config, parameters, candidate, chip), state / candidate.fsdp),
-    )
+    own = _own(config, len(devices), in_slice, meshes)
+    left = {dataclasses.replace(own, remat=remat, fsdp=fsdp) for remat in REMAT for fsdp in meshes}
     tried: list[Tried] = []
-    temporaries: dict[str, float] = {}  # remat -> bytes of a sample, the most that was seen
+    errors: list[Exception] = []
 
-    def attempt(candidate: Candidate) -> Tried:
-        number = len(tried) + 1
+    def attempt(candidate: Candidate) -> Tried | None:
+        left.discard(candidate)
+        number = len(tried) + len(errors) + 1
         say(
             f"candidate {number} of at most {MOST_COMPILES}: {candidate.samples} samples a device, remat"
             f" {candidate.remat}, fsdp {candidate.fsdp}"
         )
-        found = Tried(candidate, compile_step(candidate.apply(config, len(devices))))
+        try:
+            found = Tried(candidate, compile_step(candidate.apply(config, len(devices))))
+        except (UserError, CompilerError) as error:
+            # One mesh may not divide some array, or send XLA astray; the others need not.
+            errors.append(error)
+            say(f"  passed over: {error}")
+            return None
         tried.append(found)
-        a_sample = found.plan.memory.temporaries / candidate.samples
-        temporaries[candidate.remat] = max(temporaries.get(candidate.remat, 0), a_sample)
         say(
             f"  {found.plan.memory.share:.0%} of HBM, {found.samples_a_second:,.0f} samples a second at most,"
             f" MFU at most {found.plan.mfu_ceiling:.0%}"
         )
         return found
 
-    def expected(candidate: Candidate) -> float:
-        return state / candidate.fsdp + temporaries.get(candidate.remat, 0) * candidate.samples
+    def budget() -> int:
+        return MOST_COMPILES - len(tried) - len(errors)
 
-    for candidate in ranked:
-        if len(tried) >= MOST_COMPILES:
+    def rank(candidate: Candidate) -> tuple[float, float, float]:
+        seconds = expected(candidate, tried, lambda one: estimate(config, parameters, one, chip))
+        return seconds, abs(math.log2(candidate.fsdp / own.fsdp)), -candidate.fsdp
+
+    attempt(own)
+    while budget() > FOR_BATCH:
+        fits = [one for one in left if _expected_memory(one, tried, state) <= room]
+        candidate = min(fits, key=rank, default=None)
+        fastest = _fastest(tried)
+        if candidate is None or (fastest and rank(candidate)[0] > WORTH * _seconds(fastest)):
             break
-        if expected(candidate) > room:
-            continue
-        larger = _larger(attempt(candidate), room, state)
-        if larger is not None and len(tried) < MOST_COMPILES:
-            attempt(larger)
+        attempt(candidate)
+    fastest, too_large = _fastest(tried), None
+    while fastest and budget() > 0:
+        larger = _larger(fastest, too_large, room, state)
+        if larger is None:
+            break
+        found = attempt(larger)
+        if found is None or (found.fits and _seconds(found) >= _seconds(fastest)):
+            break
+        fastest, too_large = (found, too_large) if found.fits else (fastest, larger.samples)
+    if not tried:
+        raise errors[0]
     return sorted(tried, key=lambda one: (not one.fits, -one.samples_a_second))
 
 
-def _larger(found: Tried, room: float, state: int) -> Candidate | None:
-    """With the batch that fills the room, as far as temporaries grow with it; None where there is no room for more."""
-    candidate, memory = found.candidate, found.plan.memory
-    if not found.fits:
-        return None
-    most = int((room - state / candidate.fsdp) // max(memory.temporaries / candidate.samples, 1))
-    samples = 2 ** int(math.log2(most)) if most >= 1 else 0
-    return dataclasses.replace(candidate, samples=samples) if samples > candidate.samples else None
+def _own(config: ml_collections.ConfigDict, devices: int, in_slice: int, meshes: Sequence[int]) -> Candidate:
+    """What the config says itself, or the nearest to it that is among the meshes."""
+    sizes = dict(zip(AXES, mesh_shape({axis: config.mesh[axis] for axis in AXES}, in_slice), strict=True))
+    fsdp = min(meshes, key=lambda one: abs(math.log2(one / sizes["fsdp"])))
+    return Candidate(max(1, math.ceil(config.batch_size / devices)), config.model.remat, fsdp)
 
 
-def estimate(config: ml_collections.ConfigDict, parameters: int, candidate: Candidate, chip: chips.Chip) -> float:
-    """Seconds a sample on one device at the chip's peaks: the longer of its products and its share of the weights' way.
+def _fastest(tried: Sequence[Tried]) -> Tried | None:
+    """Of those that fit."""
+    return min((one for one in tried if one.fits), key=_seconds, default=None)
+
+
+def _seconds(one: Tried) -> float:
+    """Of a sample on one device."""
+    return one.plan.bounds.step_s / one.candidate.samples
+
+
+def expected(candidate: Candidate, tried: Sequence[Tried], estimate: Callable[[Candidate], Estimate]) -> float:
+    """Seconds a sample, by the estimate and by what the nearest compiled candidate showed.
+
+    Traffic to HBM is that of the same remat, and none where that remat was not compiled yet: it may be the fastest.
+    """
+    compute, ici = estimate(candidate)
+    if not tried:
+        return max(compute, ici)
+
+    def distance(one: Tried) -> tuple[bool, float]:
+        other = one.candidate
+        return other.remat != candidate.remat, abs(math.log2(other.fsdp / candidate.fsdp))
+
+    near = min(tried, key=distance)
+    was, bounds = estimate(near.candidate), near.plan.bounds
+    compute *= bounds.compute_s / near.candidate.samples / was.compute
+    if was.ici:
+        ici *= bounds.ici_s / near.candidate.samples / was.ici
+    memory = bounds.memory_s / near.candidate.samples if near.candidate.remat == candidate.remat else 0.0
+    return max(compute, ici, memory, bounds.dcn_s / candidate.samples)
+
+
+def _expected_memory(candidate: Candidate, tried: Sequence[Tried], state: int) -> float:
+    """Bytes of a device, by the most that a sample of the same remat took; of its state alone where none is known."""
+    seen = [one for one in tried if one.candidate.remat == candidate.remat]
+    a_sample = max((one.plan.memory.temporaries / one.candidate.samples for one in seen), default=0)
+    return state / candidate.fsdp + a_sample * candidate.samples
+
+
+def _larger(found: Tried, too_large: int | None, room: float, state: int) -> Candidate | None:
+    """With a larger batch, None where there is no room for one.
+
+    It is the one that fills the room, as far as temporaries grow with it, in steps of two; where that was too large,
+    the middle.
+    """
+    samples = found.candidate.samples
+    if too_large is not None:
+        more = (samples + too_large) // 2
+    else:
+        most = (room - state / found.candidate.fsdp) / max(found.plan.memory.temporaries, 1)
+        more = samples * 2 ** int(math.log2(most)) if most >= 1 else samples
+    return dataclasses.replace(found.candidate, samples=more) if more > samples else None
+
+
+def estimate(config: ml_collections.ConfigDict, parameters: int, candidate: Candidate, chip: chips.Chip) -> Estimate:
+    """At the chip's peaks.
 
     Weights are gathered in bfloat16 for each pass over them (student forward for two groups of views, again where
     blocks are recomputed, backward, and the teacher's), gradients are scattered once.
@@ -156,7 +237,7 @@ def estimate(config: ml_collections.ConfigDict, parameters: int, candidate: Cand
     groups = len(flops.view_images(config))
     rounds = groups * (2 + (candidate.remat == "full")) + 1 + groups
     sent = rounds * BFLOAT16 * parameters * (candidate.fsdp - 1) / candidate.fsdp
-    return max(products, sent * chip.devices_a_chip / chip.ici_bandwidth / candidate.samples)
+    return Estimate(products, sent * chip.devices_a_chip / chip.ici_bandwidth / candidate.samples)
 
 
 def show(tried: list[Tried], devices: int) -> str:
@@ -171,7 +252,7 @@ def show(tried: list[Tried], devices: int) -> str:
             f" {one.samples_a_second:10,.0f} {plan.mfu_ceiling:5.0%}  {plan.bounds.bound_by}"
             + ("" if one.fits else "; does not fit")
         )
-    if not tried or not tried[0].fits:
+    if not tried[0].fits:
         return "\n".join([*lines, "None fits. More chips, chips with more memory, or smaller views would help."])
     return "\n".join([*lines, f"The fastest that fits: {tried[0].candidate.overrides(devices)}"])
 
@@ -186,6 +267,7 @@ def to_json(tried: list[Tried]) -> list[dict[str, Any]]:
             "samples_a_second": one.samples_a_second,
             "mfu_ceiling": one.plan.mfu_ceiling,
             "bound_by": one.plan.bounds.bound_by,
+            "least_seconds": dataclasses.asdict(one.plan.bounds),
         }
         for one in tried
     ]

@@ -7,6 +7,7 @@ import pytest
 from skyjax.config import load_config
 from skyjax.errors import UserError
 from skyjax.parallel import chips, hlo, roofline
+from skyjax.parallel.ahead import CompilerError
 from skyjax.train import search
 from skyjax.train.plan import GIB, Memory, Plan
 
@@ -18,25 +19,27 @@ SECONDS = {"full": 1.3, "dots": 1.0, "none": 0.9}
 DEVICES = 256
 
 
-def plan_of(config, limit):
+def plan_of(config, limit, a_sample=A_SAMPLE, traffic=None):
+    """`traffic`: remat -> seconds that a sample's way through HBM takes."""
     samples, remat = config.batch_size // DEVICES, config.model.remat
-    memory = Memory(STATE // config.mesh.fsdp, A_SAMPLE[remat] * samples, None, None, limit)
+    memory = Memory(STATE // config.mesh.fsdp, int(a_sample[remat] * samples), None, None, limit)
     program = hlo.Program(0, 0, {}, (), (), ())
     # A part of a step does not grow with the batch: more samples a device are faster, each.
-    bounds = roofline.Bounds(SECONDS[remat] * (samples + 0.2), 0, 0.1 if config.mesh.fsdp < 64 else 9, 0)
+    through_hbm = traffic[remat] * samples if traffic else 0
+    bounds = roofline.Bounds(SECONDS[remat] * (samples + 0.2), through_hbm, 0.1 if config.mesh.fsdp < 64 else 9, 0)
     mesh = dict(config.mesh)
     return Plan(
         "v5e:16x16", 1, DEVICES, DEVICES, mesh, config.batch_size, 1, memory, {"all": 1}, program, bounds, 0.5, 1, 1
     )
 
 
-def run(limit_gib):
+def run(limit_gib, **plans):
     config = load_config(CONFIG, ["batch_size=256"])
     compiled = []
 
     def compile_step(chosen):
-        compiled.append(chosen)
-        return plan_of(chosen, int(limit_gib * GIB))
+        compiled.append((chosen.model.remat, int(chosen.mesh.fsdp), chosen.batch_size // DEVICES))
+        return plan_of(chosen, int(limit_gib * GIB), **plans)
 
     return search.search(config, "v5e:16x16", 1, compile_step, lambda _: None), compiled
 
@@ -44,6 +47,7 @@ def run(limit_gib):
 def test_the_fastest_that_fits_comes_first_and_few_are_compiled():
     tried, compiled = run(15.75)
     assert len(compiled) <= search.MOST_COMPILES
+    assert compiled[0] == ("full", 16, 1)  # the config's own
     best = tried[0]
     room = (1 - search.SPARE) * 15.75
     choices = {
@@ -58,9 +62,51 @@ def test_the_fastest_that_fits_comes_first_and_few_are_compiled():
     assert best.samples_a_second == pytest.approx(DEVICES * max(choices.values()))
     assert (best.candidate.remat, best.candidate.samples) == ("dots", 2)
     assert not any(one.fits for one in tried if one.candidate.remat == "none")
+    assert len(set(compiled)) == len(compiled)
     text = search.show(tried, DEVICES)
     assert "The fastest that fits: --config.batch_size=512 --config.model.remat=dots" in text
     assert text.count("does not fit") == sum(not one.fits for one in tried)
+
+
+def test_what_is_recomputed_less_is_tried_and_loses_where_its_traffic_is_larger():
+    tried, compiled = run(15.75, traffic={"full": 1.0, "dots": 2.0, "none": 3.0})
+    assert {remat for remat, _, _ in compiled} >= {"full", "dots"}
+    assert tried[0].candidate.remat == "full"
+    # Known by then to be slower whatever the mesh.
+    assert sum(remat == "dots" for remat, _, _ in compiled) == 1
+
+
+def test_the_batch_is_bisected_where_the_largest_did_not_fit():
+    found = []
+
+    def compile_step(chosen):
+        found.append(chosen.batch_size // DEVICES)
+        # More than in proportion: by one sample, four would fit.
+        steep = dict.fromkeys(A_SAMPLE, 3 * GIB * (1.5 if found[-1] > 3 else 1))
+        return plan_of(chosen, int(15.75 * GIB), steep)
+
+    tried = search.search(load_config(CONFIG, ["batch_size=256"]), "v5e:16x16", 1, compile_step, lambda _: None)
+    assert tried[0].candidate.samples == 3
+    assert found[-3:] == [4, 2, 3]
+
+
+def test_a_mesh_that_cannot_be_compiled_is_passed_over():
+    config, said = load_config(CONFIG, ["batch_size=256"]), []
+
+    def compile_step(chosen):
+        if chosen.model.remat == "dots":
+            raise CompilerError("astray")
+        return plan_of(chosen, 16 * GIB)
+
+    tried = search.search(config, "v5e:16x16", 1, compile_step, said.append)
+    assert tried[0].candidate.remat == "full"
+    assert any("passed over: astray" in words for words in said)
+
+    def refuse(chosen):
+        raise CompilerError("always")
+
+    with pytest.raises(CompilerError, match="always"):
+        search.search(config, "v5e:16x16", 1, refuse, lambda _: None)
 
 
 def test_a_state_that_fits_nowhere_is_told():
@@ -77,8 +123,8 @@ def test_the_estimate_grows_with_what_is_recomputed_and_with_what_is_gathered():
             config, 10**9, search.Candidate(**({"samples": 4, "remat": "dots", "fsdp": 1} | changes)), chip
         )
 
-    assert seconds(remat="full") > seconds() == seconds(remat="none")
+    assert seconds(remat="full").compute > seconds().compute == seconds(remat="none").compute
     slow = chips.chip("v5p").__class__(**{**vars(chip), "ici_bandwidth": 1e9})
     # 15/16 of the weights against 1/2: two groups of views, forward and backward, and the teacher's two.
     apart, near = (search.estimate(config, 10**9, search.Candidate(1, "dots", fsdp), slow) for fsdp in (16, 2))
-    assert apart / near == pytest.approx(15 / 8)
+    assert apart.ici / near.ici == pytest.approx(15 / 8)
