@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -16,17 +17,21 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from safetensors.numpy import load_file, save_file
 
+from skyjax.config import load_config
 from skyjax.convert import pytorch
 from skyjax.errors import UserError
 from skyjax.models import skysense
 from skyjax.models.prototypes import region_of
 from skyjax.models.resize import bicubic_matrix
 from skyjax.models.resize import to_grid as jax_to_grid
+from skyjax.sample import MODALITIES
 from skyjax.train.loop import statistics_table
 from skyjax.train.pretrained import Pretrained
 
 torch = pytest.importorskip("torch")
+SkyjaxEncoder = pytest.importorskip("skyjax.convert.pytorch.skyjax_encoder").SkyjaxEncoder
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 LONLAT = np.array([[151.2, -33.9], [np.nan, 10.0], [-180.0, 90.0]], np.float32)
 PIXELS = {"optical": (21, 26), "multispectral": (7, 4), "sar": (5, 8)}
 NOT_THE_MODULE = ("transformers", "skyjax", "jax", "flax")
@@ -534,3 +539,12 @@ def test_config_names_what_the_weights_are(exported):
     assert config["statistics"]["multispectral"]["bands"] == ["B02", "B03", "B04"]
     assert config["statistics"]["optical"]["sensors"] == ["rgb", "aerial"]
     assert_array_equal(config["statistics"]["sar"]["mean"], model.statistics["sar"]["mean"])
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.py")))
+def test_it_is_made_of_every_shipped_config(name):
+    """Its keys that tell how training starts and computes included."""
+    model = load_config(CONFIGS / name).model
+    with torch.device("meta"):
+        encoder = SkyjaxEncoder({"model": model.to_dict(), "statistics": statistics_table(model)})
+    assert encoder.modalities == tuple(m for m in MODALITIES if m in model.modalities)

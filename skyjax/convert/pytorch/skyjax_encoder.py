@@ -60,7 +60,9 @@ class SkyjaxEncoder(nn.Module):
         width = model["spatial_width"]
         self.fusion = None
         if model["fusion"]:
-            self.fusion = Fusion(width, model["drop_path"], **model["fusion"])
+            # What else a config has there says how training starts and computes.
+            sizes = {name: model["fusion"][name] for name in ("width", "depth", "heads")}
+            self.fusion = Fusion(width, model["drop_path"], **sizes)
             width = model["fusion"]["width"]
         self.prototypes = Prototypes(width, model["prototypes"]) if model.get("prototypes") else None
 
