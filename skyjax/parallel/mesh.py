@@ -66,6 +66,11 @@ def mesh_shape(
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and count % known == 0:
         shape[shape.index(-1)] = count // known
+    if -1 in shape:
+        raise UserError(
+            f"config: {name} {written} does not fit {count} {unit[count != 1]}: {known}, the product of the sizes"
+            f" that are given, does not divide {count}; choose sizes that do"
+        )
     if math.prod(shape) != count:
         raise UserError(f"config: {name} {written} does not fit {count} {unit[count != 1]}; set one axis to -1")
     return tuple(shape)

@@ -32,8 +32,8 @@ def test_one_axis_takes_what_is_left(sizes, devices, shape):
     ("sizes", "message"),
     [
         ({"data": -1, "fsdp": -1, "tensor": 1}, "only one axis may be -1"),
-        ({"data": -1, "fsdp": 3, "tensor": 1}, "does not fit 8 devices"),
-        ({"data": 4, "fsdp": 1, "tensor": 1}, "does not fit 8 devices"),
+        ({"data": -1, "fsdp": 3, "tensor": 1}, "does not fit 8 devices: 3, .* does not divide 8"),
+        ({"data": 4, "fsdp": 1, "tensor": 1}, "does not fit 8 devices; set one axis to -1"),
         ({"data": 0, "fsdp": 1, "tensor": 1}, "at least 1"),
         ({"data": 8, "model": 1}, "it needs data, fsdp, tensor"),
     ],
