@@ -315,7 +315,7 @@ class TransformerLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        mask: Bool[Array, "b n"] | None,
+        mask: Bool[Array, "b n"] | Bool[Array, "b q n"] | None,
         rate: Any,
         key: jax.Array | None,
         queries: int | None = None,
@@ -324,12 +324,12 @@ class TransformerLayer(nnx.Module):
 
         Args:
           x: tokens.
-          mask: the tokens that may be looked at; None: all.
+          mask: the tokens that may be looked at, by all or by each; None: all.
           rate, key: of stochastic depth.
           queries: how many tokens, from the first, are wanted; None: all.
         """
         query, keys, value = self.attention.split(self.norm1(x), queries)
-        visible = None if mask is None else mask[:, None, None, :]
+        visible = None if mask is None else mask[:, None, None, :] if mask.ndim == 2 else mask[:, None]
         gathered = attend(query, keys, value, scale=query.shape[-1] ** -0.5, mask=visible)
         x = x[:, :queries] + self.attention.join(gathered)
         return x + drop_path(self.feed_forward(self.norm2(x)), rate, key)
@@ -339,7 +339,7 @@ def run_transformer(
     compute: Compute,
     layers: Any,
     x: Float[Array, "b n d"],
-    mask: Bool[Array, "b n"] | None,
+    mask: Bool[Array, "b n"] | Bool[Array, "b q n"] | None,
     key: jax.Array | None,
     queries: int | None = None,
 ) -> Float[Array, "b q d"]:
