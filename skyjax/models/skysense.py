@@ -4,20 +4,18 @@
 config's keys mean stands in configs/pretrain_sample.py; what follows the paper, in docs/fidelity.md.
 """
 
-import functools
-import json
 import math
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int32
 
 from skyjax.models.fusion import Fusion
 from skyjax.models.layers import TOKEN_STDDEV, Compute, Place, as_they_lie
+from skyjax.models.plain import Config, Params, bind, fresh
 from skyjax.models.prototypes import Prototypes, centres, lookup, region_of
 from skyjax.models.resize import mask_to_grid, to_grid, valid_cells
 from skyjax.models.swin_v2 import SwinV2
@@ -25,8 +23,6 @@ from skyjax.models.up_head import UpHead
 from skyjax.models.vit import ViT
 from skyjax.sample import MODALITIES
 
-Config: TypeAlias = ml_collections.ConfigDict | ml_collections.FrozenConfigDict
-Params = dict[str, Any]
 Images = Mapping[str, Array]
 Output = dict[str, Any]
 
@@ -43,7 +39,7 @@ def init(model_config: Config, key: jax.Array) -> Params:
     Raises:
       ValueError: values of the config contradict each other; the message names the keys.
     """
-    return nnx.to_pure_dict(nnx.state(SkySense(model_config, nnx.Rngs(key)), nnx.Param))
+    return fresh(SkySense, model_config, key)
 
 
 def init_prototypes(model_config: Config, key: jax.Array) -> Float[Array, "r k p"] | None:
@@ -130,19 +126,9 @@ def prototype_centres(
 
 
 def _module(model_config: Config, params: Params, place: Place = as_they_lie) -> "SkySense":
-    graph, abstract = _structure(json.dumps(model_config.to_dict(), sort_keys=True), place)
-    state = jax.tree.map(lambda leaf: leaf, abstract)  # a copy: the cached one must not be filled with tracers
     if model_config.get("prototypes") is None:
         params = {name: part for name, part in params.items() if name != "prototypes"}
-    nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graph, state)
-
-
-@functools.lru_cache(maxsize=64)
-def _structure(config_json: str, place: Place) -> tuple[Any, Any]:
-    """The module of a config without its arrays; made once, because apply is traced many times."""
-    config = ml_collections.FrozenConfigDict(json.loads(config_json))
-    return nnx.split(nnx.eval_shape(lambda: SkySense(config, nnx.Rngs(0), place)))
+    return bind(SkySense, model_config, params, place)
 
 
 class SkySense(nnx.Module):

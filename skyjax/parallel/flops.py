@@ -2,8 +2,8 @@
 
 What counts: 2 for each multiply-add of a matrix product, at the sizes that are computed. These are patch embeddings and
 merging, projections, attention's scores and values, feed-forwards, Swin's position-bias MLP (once a call), up-heads,
-fusion (whose last layer asks one query a place), geo-prototypes and the heads of the objective. Padding to whole
-patches and windows is computed, so it counts; so do masked dates and pixels.
+fusion (whose last layer asks one query a place), geo-prototypes and the heads of the objective, text tower and decoder.
+Padding to whole patches and windows is computed, so it counts; so do masked dates, pixels and words.
 
 What does not: norms, softmax, GELU, means and other work an element, resizing of positions and features, balancing,
 clustering, comparisons between samples. XLA's own count of a small float32 model is within 7 % (tests/parallel).
@@ -114,6 +114,27 @@ def layer(width: int, tokens: int, queries: int | None = None) -> int:
     asked = tokens if queries is None else queries
     projections = 2 * multiply(tokens, width, width) + 2 * multiply(asked, width, width)
     return projections + 2 * multiply(asked, width, tokens) + 2 * multiply(asked, width, MLP_RATIO * width)
+
+
+def text(part: Any, tokens: int, *, texts: int = 1) -> int:
+    """FLOPs of the text tower (`model.text`) on texts of `tokens` tokens; those behind a causal one are computed."""
+    width = part.width
+    total = part.depth * layer(width, tokens) + multiply(1, width, part.embed_dim)
+    if part.pool == "query":
+        total += 2 * multiply(tokens, width, width) + 2 * multiply(1, width, width) + 2 * multiply(1, width, tokens)
+        total += 2 * multiply(1, width, MLP_RATIO * width)
+    return texts * total
+
+
+def decoder(model: ml_collections.ConfigDict, tokens: int, places: int, *, texts: int = 1) -> int:
+    """FLOPs of the decoder (`model.decoder`) that writes `tokens` tokens on `places` places, all at once, with the
+    scores of its whole vocabulary."""
+    part, width = model.decoder, model.decoder.width
+    fused = model.fusion.width if model.fusion is not None else model.spatial_width
+    keys = 1 + places
+    cross = 2 * multiply(tokens, width, width) + 2 * multiply(keys, width, width) + 2 * multiply(tokens, width, keys)
+    layers = part.depth * (layer(width, tokens) + cross)
+    return texts * (multiply(places, fused, width) + layers + multiply(tokens, width, part.vocabulary))
 
 
 def heads(config: ml_collections.ConfigDict) -> dict[str, int]:

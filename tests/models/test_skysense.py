@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from quick import quick_jit
 from tiny_model import CONFIG, SIZES, changed, random_images, tiny
 
-from skyjax.models import skysense
+from skyjax.models import plain, skysense
 from skyjax.models.parameters import table
 
 
@@ -326,10 +326,10 @@ def test_dates_of_a_sequence_are_encoded_one_by_one(model):
 def test_the_structure_is_made_once_a_config(model):
     config, params, _ = model
     images = random_images()
-    skysense._structure.cache_clear()
+    plain._structure.cache_clear()
     for _ in range(2):
         jax.eval_shape(lambda: skysense.apply(config, params, images))
-    assert skysense._structure.cache_info().misses == 1
+    assert plain._structure.cache_info().misses == 1
 
 
 def test_parameters_at_the_published_size():

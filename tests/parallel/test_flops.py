@@ -8,7 +8,7 @@ import ml_collections
 import pytest
 
 from skyjax.config import load_config
-from skyjax.models import skysense
+from skyjax.models import decoder, skysense, text
 from skyjax.objectives.heads import init_heads
 from skyjax.objectives.objective import objective
 from skyjax.parallel import flops
@@ -73,6 +73,56 @@ def test_heads_by_hand():
     assert flops.heads(config)["heads/multispectral"] == maps * (5 + 1) * row
     config.objective.kind = "infonce"  # without classes
     assert flops.heads(config)["heads/fused"] == 10 * (5 + 1) * (2 * 192 * 512 + 2 * 512 * 128)
+
+
+def test_a_text_tower_by_hand():
+    part = ml_collections.ConfigDict({"width": 6, "depth": 2, "heads": 2, "embed_dim": 5, "pool": "query"})
+    # 7 tokens: projections, scores and values, feed-forward.
+    of_layer = 4 * (2 * 7 * 6 * 6) + 2 * (2 * 7 * 6 * 7) + 2 * (2 * 7 * 6 * 24)
+    query_and_out, keys_and_values, looking = 2 * (2 * 6 * 6), 2 * (2 * 7 * 6 * 6), 2 * (2 * 6 * 7)
+    pool = query_and_out + keys_and_values + looking + 2 * (2 * 6 * 24)
+    projection = 2 * 6 * 5
+    assert flops.text(part, 7, texts=3) == 3 * (2 * of_layer + pool + projection)
+    part.pool = "last"
+    assert flops.text(part, 7) == 2 * of_layer + projection
+
+
+def test_a_decoder_by_hand():
+    part = {"width": 6, "depth": 2, "heads": 2, "vocabulary": 11}
+    model = ml_collections.ConfigDict({"decoder": part, "fusion": {"width": 4}, "spatial_width": 9})
+    # 7 tokens on 5 places, beside which stands a learned one.
+    itself = 4 * (2 * 7 * 6 * 6) + 2 * (2 * 7 * 6 * 7) + 2 * (2 * 7 * 6 * 24)
+    image = 2 * (2 * 7 * 6 * 6) + 2 * (2 * 6 * 6 * 6) + 2 * (2 * 7 * 6 * 6)
+    want = 2 * 5 * 4 * 6 + 2 * (itself + image) + 2 * 7 * 6 * 11
+    assert flops.decoder(model, 7, 5, texts=3) == 3 * want
+    model.fusion = None
+    assert flops.decoder(model, 7, 5) == want + 2 * 5 * (9 - 4) * 6
+
+
+@pytest.mark.parametrize("pool", ["last", "query"])
+def test_words_equal_the_products_that_are_traced(pool):
+    part = text.preset("siglip-b", 1000, pool=pool)
+    base = {"dtype": "bfloat16", "scan": True, "remat": "none", "spatial_width": 96, "fusion": {"width": 64}}
+    writer = {"vocabulary": 1000, "length": 64, "width": 256, "depth": 4, "heads": 8, "tied": True}
+    model = ml_collections.ConfigDict(base | {"text": part, "decoder": writer})
+    struct, b, n, places = jax.ShapeDtypeStruct, 3, 50, 40
+    tokens, valid = struct((b, n), jnp.int32), struct((b, n), bool)
+
+    def read(params, tokens, valid):
+        return text.apply(model, params, tokens, valid)
+
+    params = jax.eval_shape(lambda: text.init(model, jax.random.key(0)))
+    traced = flops.products(jax.make_jaxpr(read)(params, tokens, valid).jaxpr)
+    choice = 2 * b * n * 768 if pool == "last" else 0  # of the last token, which is written as a product
+    assert flops.text(model.text, n, texts=b) == traced - choice
+
+    def write(params, tokens, valid, images, there):
+        return decoder.logits(model, params, decoder.features(model, params, tokens, valid, images, there))
+
+    params = jax.eval_shape(lambda: decoder.init(model, jax.random.key(0)))
+    images = struct((b, places, 64), jnp.bfloat16), struct((b, places), bool)
+    traced = flops.products(jax.make_jaxpr(write)(params, tokens, valid, *images).jaxpr)
+    assert flops.decoder(model, n, places, texts=b) == traced
 
 
 def abstract_images(model, images, sites):
