@@ -75,7 +75,7 @@ def _read(files: list[pathlib.Path]) -> np.ndarray:
     bands = []
     for path in files:
         try:
-            with rasterio.open(path) as file:
+            with rasterio.open(path, driver="GTiff") as file:
                 band = file.read()
         except rasterio.RasterioIOError as error:
             raise BadRecord(f'"{path}" is missing, truncated or corrupt: {error}') from error
@@ -85,7 +85,7 @@ def _read(files: list[pathlib.Path]) -> np.ndarray:
 
 def _position(path: pathlib.Path) -> np.ndarray:
     """Longitude and latitude of an image's middle."""
-    with rasterio.open(path) as file:
+    with rasterio.open(path, driver="GTiff") as file:
         x = (file.bounds.left + file.bounds.right) / 2
         y = (file.bounds.bottom + file.bounds.top) / 2
         (lon,), (lat,) = rasterio.warp.transform(file.crs, "EPSG:4326", [x], [y])

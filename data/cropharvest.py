@@ -43,7 +43,7 @@ def _point(path: pathlib.Path) -> Sample:
     if start is None:
         raise BadRecord(f'"{path}" does not say its first day: expected NUMBER-DATASET_yyyy-mm-dd_yyyy-mm-dd.tif')
     try:
-        with rasterio.open(path) as file:
+        with rasterio.open(path, driver="GTiff") as file:
             layers = dict(zip(file.descriptions, file.read().astype(np.float32), strict=True))
             middle = (file.bounds.left + file.bounds.right) / 2, (file.bounds.bottom + file.bounds.top) / 2
     except rasterio.RasterioIOError as error:

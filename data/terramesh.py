@@ -60,7 +60,7 @@ def _place(path: pathlib.Path) -> Sample:
 def _read(path: pathlib.Path) -> tuple[np.ndarray, int | None, np.ndarray]:
     """Pixels (c, h, w), the day of the tag `datetime`, longitude and latitude of the middle."""
     try:
-        with rasterio.open(path) as file:
+        with rasterio.open(path, driver="GTiff") as file:
             x = (file.bounds.left + file.bounds.right) / 2
             y = (file.bounds.bottom + file.bounds.top) / 2
             (lon,), (lat,) = rasterio.warp.transform(file.crs, "EPSG:4326", [x], [y])

@@ -7,7 +7,8 @@ with static shapes, so that grain, `jax.jit` and `device_put` see no types of ou
 A batch as the loader yields it (numpy, stored types) and as the device receives it:
 
     {"index": (b,) uint32 position in the global order, "lonlat": (b, 2) float32, "bad": (b,) bool,
-     "global": views, "local": views}                                            # "local" only where local views exist
+     "global": views, "local": views,                                            # "local" only where local views exist
+     "text": words}                                        # only where the model has a text tower: input/texts.py
 
     views = {"to_view": (b, v, 2, 3) float32, MODALITY: images, ...}
 
@@ -59,22 +60,24 @@ class Sequence:
     extent: Float[np.ndarray, "4"]
 
     def __post_init__(self) -> None:
-        values, t, names = self.values, len(self.days), get_sensor(self.sensor).names
+        values, names = self.values, get_sensor(self.sensor).names
+        t = len(self.days) if self.days.ndim else 0
         strange = [band for band in self.bands if band not in names]
         if strange:
             get_sensor(self.sensor).index(strange[0])  # names the nearest; passes where the common name was used
             raise BadRecord(f'{self.sensor}: band "{strange[0]}" goes by its own name in a sequence: {" ".join(names)}')
         expect = {
-            "values has four axes (t, h, w, c)": values.ndim == 4,
+            "values has four axes (t, h, w, c), and pixels": values.ndim == 4 and min(values.shape[1:]) > 0,
             f"values is one of {', '.join(STORED_TYPES)}": values.dtype.name in STORED_TYPES,
             "there are as many band names as bands": values.ndim == 4 and values.shape[3] == len(self.bands),
             "band names differ": len(set(self.bands)) == len(self.bands),
-            "every date has a day": self.days.shape == values.shape[:1],
+            "every date has a day": self.days.shape == values.shape[:1] and self.days.dtype.kind == "i",
             "every date has a valid flag": self.valid.shape == (t,) and self.valid.dtype == bool,
             "clear has the shape (t, h, w)": self.clear.shape == values.shape[:3] and self.clear.dtype == bool,
             "dates are in order": bool(np.all(np.diff(self.days) >= 0)),
             "extent is top, left, bottom, right with top > bottom and right > left": self.extent.shape == (4,)
-            and bool(self.extent[0] > self.extent[2] and self.extent[3] > self.extent[1]),
+            and bool(self.extent[0] > self.extent[2] and self.extent[3] > self.extent[1])
+            and bool(np.abs(self.extent).max() < 1e8),
         }
         for rule, holds in expect.items():
             if not holds:
@@ -112,8 +115,10 @@ class Sample:
             own = get_sensor(sequence.sensor).modality
             if own != modality:
                 raise BadRecord(f"{self.id}: {sequence.sensor} is {own}, not {modality}")
-        if self.lonlat.shape != (2,):
-            raise BadRecord(f"{self.id}: lonlat has the shape {self.lonlat.shape}, not (2,)")
+        if self.lonlat.shape != (2,) or self.lonlat.dtype.kind != "f":
+            raise BadRecord(f"{self.id}: lonlat has the shape {self.lonlat.shape}, {self.lonlat.dtype}; not two floats")
+        if np.any(np.abs(self.lonlat) > (360, 90)):
+            raise BadRecord(f"{self.id}: lonlat {self.lonlat.tolist()} is no place on Earth; it is in degrees")
 
 
 def make_sequence(

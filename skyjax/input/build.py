@@ -13,8 +13,6 @@ import os
 import pathlib
 import sys
 import types
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -29,6 +27,8 @@ from skyjax.input import records
 from skyjax.sample import Sample
 
 logger = logging.getLogger("skyjax")
+
+MAX_BYTES = 2**32  # of the arrays of one file, once unfolded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +148,10 @@ class FileSamples(Iterator[Sample]):
             self.position += 1
             try:
                 return self._make(file)
-            except BadRecord as error:
-                self.bad[str(file)] = str(error)
-                logger.warning("%s; passed over, %d of %d files so far", error, len(self.bad), self.position)
+            except (BadRecord, OSError, ValueError, LookupError) as error:  # also of a damaged file that lies beside it
+                told = str(error) if isinstance(error, BadRecord) else f'"{file}" cannot be used: {error!r}'
+                self.bad[str(file)] = told
+                logger.warning("%s; passed over, %d of %d files so far", told, len(self.bad), self.position)
         if self.bad and len(self.bad) == self.total:
             raise UserError(f"none of {self.total:,} files can be used; the first: {next(iter(self.bad.values()))}")
         raise StopIteration
@@ -176,9 +177,14 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            size = sum(entry.file_size for entry in arrays.zip.infolist())
+            if size > MAX_BYTES:
+                raise BadRecord(f'"{path}" would unfold to {size:,} bytes, more than {MAX_BYTES:,}; cut it into tiles')
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise BadRecord(f'"{path}" is truncated or corrupt: {error}') from error
+    except BadRecord:
+        raise
+    except Exception as error:  # numpy, zipfile and zlib raise what they like on damaged files
+        raise BadRecord(f'"{path}" is truncated or corrupt: {str(error) or type(error).__name__}') from error
 
 
 def to_days(dates: Int[np.ndarray, "t"] | Sequence[int]) -> Int32[np.ndarray, "t"]:

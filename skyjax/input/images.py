@@ -18,6 +18,11 @@ from skyjax.sensors import get_sensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 METRES_A_DEGREE = 111_320  # of latitude, and of longitude at the equator
+# Of pixels once unpacked, told by the header before anything is unpacked: some kilobytes can claim them all.
+MAX_BYTES = 2**30
+# Both libraries choose the reader by a file's content, not its name. A "picture" may else be PostScript, which Pillow
+# has Ghostscript run, and a "GeoTIFF" a list of other files and addresses, which GDAL opens.
+_PICTURES, _RASTERS = ("JPEG", "PNG"), "GTiff"
 
 
 def list_images(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -99,13 +104,16 @@ def _read(path: pathlib.Path) -> _Raster:
         raise UserError(f'there is no image "{path}"')
     try:
         return _read_raster(path) if path.suffix.lower() in (".tif", ".tiff") else _read_picture(path)
-    except (OSError, SyntaxError, ValueError, rasterio.errors.RasterioError, PIL.Image.DecompressionBombError) as error:
+    except BadRecord:
+        raise
+    except Exception as error:  # Pillow, GDAL and PROJ raise what they like on damaged files
         reason = str(error).replace(str(path), "").strip(" :'\"") or type(error).__name__
         raise BadRecord(f'"{path}" is truncated or corrupt: {reason}') from error
 
 
 def _read_picture(path: pathlib.Path) -> _Raster:
-    with PIL.Image.open(path) as file:
+    with PIL.Image.open(path, formats=_PICTURES) as file:
+        _check_size(path, file.width, file.height, max(len(file.getbands()), 3))
         picture: PIL.Image.Image = file
         if file.mode in ("P", "PA", "RGBA", "CMYK", "YCbCr", "RGBX"):
             picture = file.convert("RGB")
@@ -119,10 +127,21 @@ def _read_picture(path: pathlib.Path) -> _Raster:
 def _read_raster(path: pathlib.Path) -> _Raster:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-        with rasterio.open(path) as raster:
+        with rasterio.open(path, driver=_RASTERS) as raster:
+            itemsize = max(np.dtype(dtype).itemsize for dtype in raster.dtypes)
+            _check_size(path, raster.width, raster.height, raster.count * itemsize)
             values = stored(np.ascontiguousarray(np.moveaxis(raster.read(), 0, -1)))
             measured = raster.dataset_mask() > 0
             return _Raster(values, measured, *_place(raster))
+
+
+def _check_size(path: pathlib.Path, width: int, height: int, pixel: int) -> None:
+    """`pixel`: bytes of one."""
+    if width * height * pixel > MAX_BYTES:
+        raise BadRecord(
+            f'"{path}" claims {width:,} x {height:,} pixels of {pixel} bytes, more than {MAX_BYTES >> 30} GiB; cut it'
+            " into tiles"
+        )
 
 
 def _place(raster: rasterio.DatasetReader) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "4"] | None]:

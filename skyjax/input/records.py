@@ -7,16 +7,16 @@ them. The format is documented in docs/records.md; array_record and safetensors 
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -26,8 +26,16 @@ from skyjax.sample import STORED_TYPES, Sample, Sequence
 FORMAT = "skyjax-sample 1"
 DESCRIPTION = "dataset.json"
 SHARD_SIZE = 256 * 2**20  # bytes
+_MOST_RECORDS = 2**40  # in a file
 _WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a group: a sample is read without its neighbours
 _READER_OPTIONS = "readahead_buffer_size:0"  # reads are random
+# Of safetensors -> numpy's; those that a record may hold.
+_TYPES = {
+    "BOOL": np.dtype(bool),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    **{f"{kind}{bits}": np.dtype(f"<{kind.lower()}{bits // 8}") for kind in "IU" for bits in (8, 16, 32, 64)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +81,7 @@ def decode(record: bytes, *, name: str = "record") -> Sample:
       BadRecord: it is truncated or corrupt, or what it holds breaks the sample contract.
     """
     try:
-        arrays = safetensors.numpy.load(record)
-        words = _metadata(record)
+        arrays, words = _parse(record)
         if words.get("format") != FORMAT:
             raise BadRecord(f'format is "{words.get("format")}", not "{FORMAT}"')
         sequences = {
@@ -86,18 +93,51 @@ def decode(record: bytes, *, name: str = "record") -> Sample:
             for modality, told in json.loads(words["sequences"]).items()
         }
         labels = {key.removeprefix("labels/"): array for key, array in arrays.items() if key.startswith("labels/")}
+        if any(label.dtype.kind not in "iub" for label in labels.values()):
+            raise BadRecord("a label is not made of whole numbers")
         texts = tuple(json.loads(words["texts"]))
+        if not all(isinstance(text, str) for text in texts):
+            raise BadRecord("its texts are not a list of strings")
         return Sample(sequences, arrays["lonlat"], texts, labels, words["id"], words["source"])
     except UserError as error:
         raise BadRecord(f"{name}: {error}") from error
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadRecord(f"{name} is truncated or corrupt ({len(record):,} bytes): {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        raise BadRecord(f"{name} is truncated or corrupt ({len(record):,} bytes): {reason[:200]}") from error
 
 
-def _metadata(record: bytes) -> dict[str, str]:
-    """The strings of a safetensors file; its own loader from bytes leaves them out."""
+def _parse(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of safetensors bytes, as read-only views of them, and the strings.
+
+    The library's own loader from bytes copies every array and leaves the strings out. What the header claims is held
+    against the bytes that are there before anything is made of it.
+
+    Raises:
+      ValueError, TypeError, KeyError, AttributeError, RecursionError: the bytes are not what the format says.
+    """
     size = int.from_bytes(record[:8], "little")
-    return json.loads(record[8 : 8 + size]).get("__metadata__", {})
+    if not 2 <= size <= len(record) - 8:
+        raise ValueError(f"its header claims {size:,} bytes")
+    header = json.loads(record[8 : 8 + size])
+    words = header.pop("__metadata__", {})
+    if not all(isinstance(word, str) for word in words.values()):
+        raise ValueError("its metadata holds something else than strings")
+    arrays, end, start = {}, 0, 8 + size
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (first, last) = _TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+            raise ValueError(f'"{name}" has a shape or a place that is not made of whole numbers')
+        if first != end or math.prod(shape) * dtype.itemsize != last - first or last > len(record) - start:
+            raise ValueError(f'"{name}" claims the shape {shape} and the bytes {first:,} to {last:,}')
+        arrays[name] = np.ndarray(shape, dtype, record, start + first)
+        end = last
+    if end != len(record) - start:
+        raise ValueError(f"{len(record) - start - end:,} bytes belong to no array")
+    for name, array in arrays.items():
+        # Any byte but 0 and 1 in a bool is undefined behaviour in numpy: two "True" could differ.
+        if array.dtype == bool and array.size and array.view(np.uint8).max() > 1:
+            raise ValueError(f'"{name}" holds bytes that are neither true nor false')
+    return arrays, words
 
 
 def write(
@@ -225,6 +265,29 @@ def widest_type(names: Iterable[str]) -> str:
     return widest if widest in STORED_TYPES else "float32"
 
 
+def _check_description(told: Mapping[str, Any]) -> None:
+    """Holds dataset.json to its form; it may be a stranger's.
+
+    Raises:
+      ValueError, TypeError, KeyError, AttributeError: it is something else.
+    """
+    for shard in told["shards"]:
+        # A name alone: a path would read files elsewhere.
+        if not isinstance(shard["file"], str) or os.path.basename(shard["file"]) != shard["file"] or not shard["file"]:
+            raise ValueError(f"a file of it is called {shard['file']!r}, which is not a name in its folder")
+        if type(shard["count"]) is not int or not 0 <= shard["count"] < _MOST_RECORDS:
+            raise ValueError(f'"{shard["file"]}" is said to hold {shard["count"]!r} records')
+    for modality, about in told["modalities"].items():
+        if about["dtype"] not in STORED_TYPES:
+            raise ValueError(f"{modality} is said to be of the type {about['dtype']!r}")
+        for sensor, bands in about["sensors"].items():
+            if not isinstance(sensor, str) or not all(isinstance(band, str) for band in bands):
+                raise ValueError(f"{modality}: a band's name is no word")
+    for names in told.get("label_names", {}).values():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("label_names is not a list of names for each label")
+
+
 class RecordSource:
     """A dataset's samples by number: random access, safe in threads, picklable, opened when first read."""
 
@@ -238,16 +301,20 @@ class RecordSource:
         path = self.folder / DESCRIPTION
         try:
             self.description: dict[str, Any] = json.loads(path.read_text())
+            if self.description.get("format") != FORMAT:
+                raise UserError(
+                    f'"{path}" is of format "{self.description.get("format")}", not "{FORMAT}"; build it again'
+                )
+            _check_description(self.description)
             self._files = [shard["file"] for shard in self.description["shards"]]
-            counts = [int(shard["count"]) for shard in self.description["shards"]]
+            counts = [shard["count"] for shard in self.description["shards"]]
         except FileNotFoundError as error:
             raise UserError(
                 f'"{folder}" is not a skyjax dataset (no {DESCRIPTION}); make one: skyjax data build'
             ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f'"{path}" cannot be read ({error}); build the dataset again') from error
-        if self.description.get("format") != FORMAT:
-            raise UserError(f'"{path}" is of format "{self.description.get("format")}", not "{FORMAT}"; build it again')
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error) or type(error).__name__
+            raise UserError(f'"{path}" cannot be read ({reason[:200]}); build the dataset again') from error
         missing = [name for name in self._files if not (self.folder / name).is_file()]
         if missing:
             raise UserError(f'"{self.folder / missing[0]}" is missing; build the dataset again')
