@@ -17,12 +17,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from skyjax.errors import BadRecord, UserError
+from skyjax.errors import UserError
 from skyjax.input import augment
 from skyjax.input.image_folder import ImageFolder
 from skyjax.input.records import DESCRIPTION, RecordSource, widest_type
+from skyjax.input.texts import Texts
 from skyjax.input.views import Plan, make_views, plan_views
-from skyjax.sample import Batch, empty_sample
+from skyjax.sample import Batch, Sample, empty_sample
 
 # A run may go on with this share of bad records. It is judged from this many records on: one bad in ten says nothing.
 _BAD_SHARE = 0.01
@@ -39,6 +40,7 @@ class Loader:
 
     Attributes:
       position: samples of the global order that were yielded to all processes together; what a checkpoint keeps.
+      sizes: records of each source.
       bad: name of each bad record that was met -> reason.
       types: modality -> the type of its values in a batch: the widest that a source stores.
     """
@@ -70,7 +72,9 @@ class Loader:
         self.position = position
         self._batch_size, self._seed = config.batch_size, config.seed
         self._plan: Plan = plan_views(config.data, config.model, self.types)
-        self._records, self._read = sum(len(source) for source in sources), 0
+        self.sizes = [len(source) for source in sources]
+        self._texts = Texts(config.data.text, config.model, config.seed) if config.model.get("text") else None
+        self._records, self._read = sum(self.sizes), 0
         self._lock = threading.Lock()
 
         # Positions first, then views: an element's index in the mixed order is its global position.
@@ -119,11 +123,17 @@ class Loader:
         with self._lock:
             self._read += 1
         try:
-            return make_views(source[number], self._plan, self._seed, index)
-        except BadRecord as error:
+            return self._sample(source[number], source, index)
+        except UserError as error:  # BadRecord, or a file that is gone: then each of its records counts
             name = f"{source.folder.name}/{source.name(number)}"
             self._note(name, str(error))
-            return make_views(empty_sample(name, ""), self._plan, self._seed, index) | {"bad": np.bool_(True)}
+            return self._sample(empty_sample(name, ""), source, index) | {"bad": np.bool_(True)}
+
+    def _sample(self, sample: Sample, source: Source, index: int) -> dict[str, Any]:
+        views = make_views(sample, self._plan, self._seed, index)
+        if self._texts is not None:
+            views["text"] = self._texts(sample, source.description.get("label_names", {}), index)
+        return views
 
     def _note(self, name: str, reason: str) -> None:
         with self._lock:

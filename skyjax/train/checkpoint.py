@@ -5,10 +5,12 @@
 
 Policy: the newest `keep` stay, and every step that is a multiple of `keep_every` (0: none).
 The notes beside the state (JSON in Orbax's custom metadata): "step", "position" (samples consumed), "seconds" of
-training, "config", "versions", "statistics", "checksums".
+training, "config", "versions", "statistics", "evaluated" (the step of the last evaluation), "bad_samples" until then,
+"records" of each source, "goodput", and what notes.py adds.
 """
 
 import contextlib
+import functools
 import gc
 import json
 import logging
@@ -16,11 +18,10 @@ import pathlib
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
@@ -29,11 +30,11 @@ from orbax.checkpoint import v1 as ocp
 from skyjax.errors import UserError
 from skyjax.parallel.sharding import path_name
 from skyjax.train.metrics import cannot_write
+from skyjax.train.notes import Notes, Refused, seal, unseal, writer, wrong_arrays
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-Notes = dict[str, Any]
 
 # Config keys that a resumed run may change: they touch neither the state's shape nor what the steps mean.
 FREE_KEYS = (
@@ -86,9 +87,7 @@ class CheckpointWriter:
                 " space and start again: the run goes on from its newest checkpoint"
             )
         with self._disk_errors():
-            self._checkpointer.save_async(
-                notes["step"], state, force=True, custom_metadata={**notes, "checksums": checksums(state)}
-            )
+            self._checkpointer.save_async(notes["step"], state, force=True, custom_metadata=seal(notes, state))
 
     def wait(self) -> None:
         """Returns when everything is on the disk. Errors as in `save`."""
@@ -112,24 +111,6 @@ class CheckpointWriter:
             if re.search("RESOURCE_EXHAUSTED|No space left|PERMISSION_DENIED|File too large", str(error)):
                 raise cannot_write(self.folder, OSError(str(error).splitlines()[0][:200])) from error
             raise
-
-
-def checksums(state: Any) -> dict[str, int]:
-    """Sum modulo 2**32 of each array's words, by path.
-
-    Orbax finds a truncated file but not a changed bit in the values; any one changed bit changes this sum.
-    """
-    sums = jax.device_get(_sums(state))
-    return {path_name(path): int(value) for path, value in jax.tree_util.tree_leaves_with_path(sums)}
-
-
-@jax.jit
-def _sums(state: Any) -> Any:
-    def total(leaf: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
-        return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
-
-    return jax.tree.map(total, state)
 
 
 def steps(folder: pathlib.Path) -> list[int]:
@@ -161,16 +142,18 @@ def read_notes(checkpoint: pathlib.Path) -> Notes:
     """What stands beside the state.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read; Refused where a later revision wrote it.
     """
     try:
         with _quiet():
             notes = ocp.metadata(checkpoint.absolute()).custom_metadata
+        if not notes:
+            raise ValueError("its notes cannot be read")
+        return unseal(notes)
+    except Refused as error:
+        raise Refused(f'checkpoint: "{checkpoint}" {error}') from error
     except Exception as error:  # as in `load`
         raise UserError(f'checkpoint: "{checkpoint}" is damaged: {_first_line(error)}') from error
-    if not notes:
-        raise UserError(f'checkpoint: "{checkpoint}" is damaged: its notes cannot be read')
-    return dict(notes)
 
 
 def load(checkpoint: pathlib.Path, abstract: Any, *, partial: bool = False) -> Any:
@@ -184,28 +167,57 @@ def load(checkpoint: pathlib.Path, abstract: Any, *, partial: bool = False) -> A
     Arrays that lie across processes are read by all of them together, others by this process alone.
 
     Raises:
-      UserError: it is damaged or has another structure; on all processes that read it, if on one.
+      UserError: it is damaged, on all processes that read it, if on one; Refused where it holds other arrays.
     """
+    return _read(checkpoint, abstract, partial=partial)[0]
+
+
+def _read(
+    checkpoint: pathlib.Path, abstract: Any, *, partial: bool = False, check: Callable[[Notes], None] | None = None
+) -> tuple[Any, Notes]:
+    """State and notes as `load`; `check` may refuse the notes before the state is read."""
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     # Each process reads its own part. With Orbax' barriers, those that can read wait minutes for one that cannot.
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
-    state, expected, failed = None, {}, None
+    state, notes, failed = None, {}, None
     try:
+        notes = read_notes(checkpoint)
+        if check:
+            check(notes)
+        _check_arrays(checkpoint, notes, abstract, partial)
         with context, _quiet():
             state = ocp.load(checkpoint.absolute(), abstract)
-        expected = read_notes(checkpoint)["checksums"]
+    except Refused:
+        raise
     except Exception as error:  # tensorstore, Orbax and asyncio raise what they like on damaged files
         failed = error
     is_shared = any(not leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(abstract) if leaf.sharding)
-    if failed or (is_shared and _somewhere(failed is not None)):
+    if _somewhere(failed is not None) if is_shared else failed:
         reason = _first_line(failed) if failed else "another process cannot read it"
         raise UserError(f'checkpoint: "{checkpoint}" is damaged: {reason}') from failed
-    wrong = [path for path, value in checksums(state).items() if value != expected.get(path)]
-    if wrong:
+    if wrong := wrong_arrays(state, notes):
         raise UserError(f'checkpoint: "{checkpoint}" is damaged: "{wrong[0]}" is not what was written')
-    return state
+    return state, notes
+
+
+def _check_arrays(checkpoint: pathlib.Path, notes: Notes, abstract: Any, partial: bool) -> None:
+    """Holds the checkpoint to have the arrays that this revision wants."""
+    wanted = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract)}
+    held = set(notes["checksums"])
+    missing, more = sorted(wanted - held), [] if partial else sorted(held - wanted)
+    if missing or more:
+        told = [f"has no {_some(missing)}"] * bool(missing) + [f"has {_some(more)} besides"] * bool(more)
+        raise Refused(
+            f'checkpoint: "{checkpoint}" was written by {writer(notes)} and {" and ".join(told)}; go on with the skyjax'
+            " that wrote it, or start in another --workdir"
+        )
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(f'"{path}"' for path in paths[:3]) + more
 
 
 def restore_newest(folder: pathlib.Path, abstract: Any, config: ml_collections.ConfigDict) -> tuple[Any, Notes] | None:
@@ -214,21 +226,22 @@ def restore_newest(folder: pathlib.Path, abstract: Any, config: ml_collections.C
     One that cannot be read is named in a warning and moved aside, so that its step can be written again.
 
     Raises:
-      UserError: the config differs from the checkpoint's in a key that matters, or no checkpoint can be read.
+      UserError: the config differs from the checkpoint's in a key that matters, another revision of skyjax wrote it
+        in a way that this one cannot read, or no checkpoint can be read.
     """
     damaged: list[tuple[int, UserError]] = []
     for step in reversed(steps(folder)):
         checkpoint = folder / str(step)
         try:
-            notes = read_notes(checkpoint)
-            check_config(config, notes["config"], checkpoint)
-            state = load(checkpoint, abstract)
-        except ConfigDiffers:
+            state, notes = _read(checkpoint, abstract, check=functools.partial(check_config, config, checkpoint))
+            _check_step(checkpoint, state, notes, config.batch_size)
+        except Refused:
             raise
         except UserError as error:
             damaged.append((step, error))
             continue
-        _check_position(state, notes, step, config.batch_size)
+        older = [(number, _damage(folder / str(number))) for number in steps(folder) if number < step]
+        damaged += [(number, error) for number, error in older if error]
         for bad, reason in damaged:
             log.warning("%s; going on from step %d; moved to %s", reason, step, _move_aside(folder / str(bad)))
         return state, notes
@@ -237,38 +250,49 @@ def restore_newest(folder: pathlib.Path, abstract: Any, config: ml_collections.C
     return None
 
 
-def _check_position(state: Any, notes: Notes, step: int, batch_size: int) -> None:
-    """Holds what was restored to be of one step: the state, its optimizer and the position in the data.
+def _damage(checkpoint: pathlib.Path) -> UserError | None:
+    """Whether the notes of one that is not needed now are damaged on any process: then Orbax may refuse its folder."""
+    found = None
+    try:
+        read_notes(checkpoint)
+    except Refused:
+        pass
+    except UserError as error:
+        found = error
+    if _somewhere(found is not None):
+        return found or UserError(f'checkpoint: "{checkpoint}" is damaged: another process cannot read it')
+    return None
 
-    That every array is what was written, `load` has found by checksums.
-    """
-    assert int(state["step"]) == notes["step"] == step, (int(state["step"]), notes["step"], step)
-    assert notes["position"] == step * batch_size, (notes["position"], step, batch_size)
+
+def _check_step(checkpoint: pathlib.Path, state: Any, notes: Notes, batch_size: int) -> None:
+    """Holds state, optimizer, position in the data and folder to be of one step; that each is whole, `load` found."""
+    step = int(checkpoint.name)
     updates = step - int(state["counters"]["skipped"])
+    counts = {"step": (int(state["step"]), step), "its notes' step": (notes["step"], step)}
+    counts["position"] = (notes["position"], step * batch_size)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state["optimizer"]):
         if path_name(path).endswith("count"):
-            assert int(leaf) == updates, (path_name(path), int(leaf), updates)
+            counts[f"optimizer/{path_name(path)}"] = (int(leaf), updates)
+    for name, (found, want) in counts.items():
+        if found != want:
+            raise UserError(f'checkpoint: "{checkpoint}" is damaged: {name} is {found}, and {want} belongs to it')
 
 
 def _somewhere(here: bool) -> bool:
-    """Whether it is so on any process; all must call it."""
+    """Whether it is so on any process; all must call it, also those where it is."""
     return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
-class ConfigDiffers(UserError):
-    """A run was started again with another config."""
-
-
-def check_config(config: ml_collections.ConfigDict, saved: Mapping[str, Any], checkpoint: pathlib.Path) -> None:
-    """Raises ConfigDiffers, with all keys, where a config differs from a saved one in more than FREE_KEYS."""
-    now, before = _flat(json.loads(json.dumps(config.to_dict()))), _flat(saved)
+def check_config(config: ml_collections.ConfigDict, checkpoint: pathlib.Path, notes: Notes) -> None:
+    """Raises Refused, with all keys, where a config differs from a checkpoint's in more than FREE_KEYS."""
+    now, before = _flat(json.loads(json.dumps(config.to_dict()))), _flat(notes["config"])
     differing = [
         f"{key}={now.get(key, 'missing')} (was {before.get(key, 'missing')})"
         for key in sorted(now.keys() | before.keys())
         if now.get(key) != before.get(key) and not re.fullmatch(FREE_KEYS, key)
     ]
     if differing:
-        raise ConfigDiffers(
+        raise Refused(
             f'config: "{checkpoint}" was trained with other values: {", ".join(differing)}; set them back, or start in'
             " another --workdir"
         )

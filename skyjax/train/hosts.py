@@ -178,6 +178,12 @@ def share_of_batch(mesh: Mesh) -> tuple[int, int]:
 
 
 @jax.jit
+def count_bad(batch: Any) -> Float[Array, ""]:
+    """How many samples of a batch, of all processes, are empty places of records that could not be used."""
+    return jnp.sum(batch["bad"], dtype=jnp.float32)
+
+
+@jax.jit
 def fingerprint(batch: Any) -> Float[Array, ""]:
     """A number that tells which samples a batch holds at which global index, whatever processes read them.
 

@@ -35,7 +35,7 @@ from skyjax.sensors import statistics
 from skyjax.train import checkpoint
 from skyjax.train import state as states
 from skyjax.train.goodput import Device, Ledger, summary
-from skyjax.train.hosts import Hosts, compile_together, fingerprint, leave_when_broken, share_of_batch
+from skyjax.train.hosts import Hosts, compile_together, count_bad, fingerprint, leave_when_broken, share_of_batch
 from skyjax.train.metrics import Journal, cannot_write, is_due
 from skyjax.train.preemption import EXIT_PREEMPTED, Preemption
 from skyjax.train.profiling import Profiler, parse_window
@@ -101,7 +101,9 @@ def train(
         stack.callback(loader.close)
         batches = stack.enter_context(contextlib.closing(device_batches(loader, batch_sharding(mesh))))
         writer = stack.enter_context(checkpoint.CheckpointWriter(workdir, config.checkpoint))
-        journal = stack.enter_context(Journal(config, workdir, notes["step"], notes["seconds"], quiet=not is_first))
+        journal = stack.enter_context(
+            Journal(config, workdir, notes["step"], notes["seconds"], notes["bad_samples"], quiet=not is_first)
+        )
         device = stack.enter_context(Device())
         hosts = Hosts(mesh, lambda: preemption.requested)
         stack.enter_context(jax.set_mesh(mesh))
@@ -111,7 +113,8 @@ def train(
             journal.finish()
             goodput = ledger.totals(step)
             with ledger.measure("checkpoint"):
-                told = {"step": step, "position": position, "seconds": journal.clock.seconds, "goodput": goodput}
+                told = {"step": step, "position": position, "evaluated": evaluated, "goodput": goodput}
+                told |= {"seconds": journal.clock.seconds, "bad_samples": journal.bad_samples}
                 writer.save(state, notes | told)
 
         def end(code: int) -> int:
@@ -125,18 +128,21 @@ def train(
             watchdog.beat()
             return hosts.ask()
 
-        step, position, saved = notes["step"], notes["position"], notes["step"]
+        step, position, saved, evaluated = notes["step"], notes["position"], notes["step"], notes["evaluated"]
+        if step:
+            journal.say(f"going on from step {step}")
         ledger.turn_to("step")
         while True:
             if hosts.stop:
                 if step != saved:
                     save()
                 return end(EXIT_PREEMPTED)
-            if is_due(config.eval.every, step) and step != notes["step"]:
+            if is_due(config.eval.every, step) and step != evaluated:  # also where a stop broke it off
                 with ledger.measure("evaluate"):
                     journal.add(evaluate(evaluators, state, step, stop))
                 if hosts.stop:
                     continue
+                evaluated = step
             if (is_due(config.checkpoint.every, step) or step == config.steps) and step != saved:
                 save()
                 saved = step
@@ -151,6 +157,7 @@ def train(
                 state, metrics = train_step(state, batch)
             step += 1
             preemption.something_to_save()
+            metrics = {**metrics, "bad_samples": count_bad(batch)}
             device.dispatched(metrics)
             if is_due(config.log.every, step):
                 metrics = {**metrics, "samples": fingerprint(batch)}
@@ -181,7 +188,8 @@ def start(
     abstract = states.abstract(config)
     shardings = state_shardings(abstract, mesh)
     restored = checkpoint.restore_newest(workdir / checkpoint.FOLDER, with_shardings(abstract, shardings), config)
-    notes: checkpoint.Notes = {"step": 0, "position": 0, "seconds": 0.0, "statistics": statistics_table(config.model)}
+    notes: checkpoint.Notes = {"step": 0, "position": 0, "evaluated": 0, "bad_samples": 0, "seconds": 0.0}
+    notes["statistics"] = statistics_table(config.model)
     now = versions()
     if restored:
         notes = restored[1]
@@ -195,6 +203,14 @@ def start(
     notes |= {"config": json.loads(to_json(config)), "versions": now}
     share, shares = share_of_batch(mesh)
     loader = Loader(config, position=notes["position"], process_index=share, process_count=shares)
+    records = dict(zip((path for path, _ in config.data.sources), loader.sizes, strict=True))
+    for path, was in notes.get("records", records).items():
+        if was != records.get(path):
+            log.warning(
+                '"%s" had %s records when this run began and has %s now: from here on samples come in another order',
+                path, f"{was:,}", f"{records.get(path, 0):,}",
+            )  # fmt: skip
+    notes.setdefault("records", records)
     if jax.process_index() == 0:
         files = {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)}
         write_files(workdir, files)

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl, TensorBoard files, and the progress on stderr."""
 
+import contextlib
 import datetime
 import json
 import math
@@ -45,11 +46,27 @@ class MetricsFiles:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the line of one step. A value that is not finite becomes null, since JSON has no NaN."""
-        line = {"step": step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps({"step": step} | _for_json(values)) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
+        self._for_tensorboard(step, values)
+
+    def amend(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds numbers to the line of `step`, the last one, which was written by an earlier start of the run."""
+        try:
+            self._file.close()
+            lines = read(self.path)
+            if not lines or lines[-1]["step"] != step:
+                lines.append({"step": step})
+            lines[-1] |= _for_json(values)
+            _rewrite(self.path, lines)
+            self._file = self.path.open("a")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        self._for_tensorboard(step, values)
+
+    def _for_tensorboard(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             if math.isfinite(value):
                 self._tensorboard.add_scalar(name, value, step)
@@ -75,24 +92,32 @@ class MetricsFiles:
         self.close()
 
 
+def _for_json(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A last line cut by a crash is left out."""
+    """The lines of a metrics.jsonl. One that was cut by a crash or damaged is left out."""
     lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+    for text in path.read_text(errors="replace").split("\n"):
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
 def _drop_lines_beyond(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
-    kept = [line for line in read(path) if line["step"] <= step]
-    shorter = path.with_suffix(".jsonl.part")
-    shorter.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    shorter.replace(path)
+    _rewrite(path, [line for line in read(path) if line["step"] <= step])
+
+
+def _rewrite(path: pathlib.Path, lines: list[dict[str, Any]]) -> None:
+    """Whole or not at all."""
+    part = path.with_suffix(".jsonl.part")
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    part.replace(path)
 
 
 def cannot_write(path: pathlib.Path, error: OSError) -> UserError:
@@ -182,13 +207,25 @@ class Journal:
       workdir: folder of the run.
       step: the step that the run goes on from.
       seconds: of training until then.
+      bad_samples: until then.
       quiet: whether another process of the run writes and speaks. The numbers are read all the same.
+
+    Attributes:
+      bad_samples: places of the batches until the last finished step whose record could not be used.
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, workdir: pathlib.Path, step: int, seconds: float, quiet: bool = False
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: pathlib.Path,
+        step: int,
+        seconds: float,
+        bad_samples: int = 0,
+        quiet: bool = False,
     ) -> None:
         self.clock = Clock(seconds)
+        self.bad_samples = bad_samples
+        self._step = step
         self._config = config
         self._files = None if quiet else MetricsFiles(workdir, step)
         self._progress = ProgressLine(config.steps, step, Console(stderr=True, quiet=quiet))
@@ -200,6 +237,8 @@ class Journal:
     def log(self, step: int, metrics: Mapping[str, Any]) -> int:
         """Holds the metrics (device scalars) of the step just dispatched and finishes those of the one before.
 
+        "bad_samples" among them is that of the step; what is written is their sum since the run began.
+
         Returns:
           Updates skipped in a row until the step before.
         """
@@ -208,8 +247,11 @@ class Journal:
         return self._nonfinite_in_a_row
 
     def add(self, numbers: Mapping[str, float]) -> None:
-        """More numbers for the line of the step that is held."""
-        self._added |= numbers
+        """More numbers for the line of the step that is held, or of the one that the run goes on from."""
+        if self._held:
+            self._added |= numbers
+        elif self._files and numbers:
+            self._files.amend(self._step, numbers)
 
     def finish(self) -> None:
         """Waits for the held step; writes its line where one is due, and puts all lines on the disk."""
@@ -217,13 +259,16 @@ class Journal:
             return
         (step, metrics), self._held = self._held, None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()} | self._added
+        self.bad_samples += int(values["bad_samples"])
+        values["bad_samples"] = self.bad_samples
         first = self._nonfinite_in_a_row == 0 and values["nonfinite_in_a_row"] > 0
         self._nonfinite_in_a_row = int(values["nonfinite_in_a_row"])
         self._progress.step(step)
         self.clock.mark(step)
         if first:
             self.say(f"step {step}: loss or gradient is not finite; update skipped, {values['skipped']:.0f} so far")
-        if is_due(self._config.log.every, step) or step == self._config.steps or self._added:
+        every = self._config.log.every, self._config.eval.every  # an evaluation that was broken off is added later
+        if any(is_due(each, step) for each in every) or step == self._config.steps or self._added:
             self._write(step, values)
         self._added = {}
 

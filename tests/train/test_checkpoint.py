@@ -175,16 +175,6 @@ def test_a_part_can_be_loaded(folder):
     np.testing.assert_array_equal(got["params"]["kernel"], make_state(5)["params"]["kernel"])
 
 
-def test_checksums_are_sums_of_words():
-    state = {"a": jnp.array([1.5, -2.25], jnp.float32), "b": jnp.array([3, -1], jnp.int32), "c": jnp.bfloat16([1.0])}
-    want = {
-        "a": int(np.array([1.5, -2.25], np.float32).view(np.uint32).sum(dtype=np.uint32)),
-        "b": 2,
-        "c": 0x3F80,
-    }
-    assert checkpoint.checksums(state) == want
-
-
 def test_no_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"takes 0 MiB and 0 MiB are free; free space and start again"):
