@@ -26,6 +26,7 @@ from skyjax.sample import STORED_TYPES, Sample, Sequence
 FORMAT = "skyjax-sample 1"
 DESCRIPTION = "dataset.json"
 SHARD_SIZE = 256 * 2**20  # bytes
+_HERE = ("", ".", "..")  # what is no file in a folder
 _MOST_RECORDS = 2**40  # in a file
 _WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a group: a sample is read without its neighbours
 _READER_OPTIONS = "readahead_buffer_size:0"  # reads are random
@@ -273,7 +274,11 @@ def _check_description(told: Mapping[str, Any]) -> None:
     """
     for shard in told["shards"]:
         # A name alone: a path would read files elsewhere.
-        if not isinstance(shard["file"], str) or os.path.basename(shard["file"]) != shard["file"] or not shard["file"]:
+        if (
+            not isinstance(shard["file"], str)
+            or shard["file"] != os.path.basename(shard["file"])
+            or shard["file"] in _HERE
+        ):
             raise ValueError(f"a file of it is called {shard['file']!r}, which is not a name in its folder")
         if type(shard["count"]) is not int or not 0 <= shard["count"] < _MOST_RECORDS:
             raise ValueError(f'"{shard["file"]}" is said to hold {shard["count"]!r} records')
