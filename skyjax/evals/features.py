@@ -1,4 +1,4 @@
-"""Features of a labelled set, one vector an example.
+"""Features of a set, one vector an example.
 
 Each image is read once and goes through every extractor while it is in memory. The encoder's vector is the mean of the
 fused features over valid places ("fused"), or of one modality's spatial encoder, before its up-head, over valid places
@@ -7,7 +7,7 @@ and dates.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 
 from skyjax.errors import UserError
 from skyjax.evals.baselines import Extractor
-from skyjax.evals.datasets import LabelledSet
 from skyjax.evals.progress import track
 from skyjax.models import skysense
 from skyjax.sample import Sample
@@ -73,8 +72,16 @@ def _pooled(output: Mapping[str, Any], kind: str) -> Float[np.ndarray, "b d"]:
     return total / np.maximum(valid.sum((1, 2, 3)), 1)[:, None]
 
 
+class Readable(Protocol):
+    """Samples by their numbers: a labelled set, a captioned one, or images that were looked at."""
+
+    @property
+    def read(self) -> Callable[[int], Sample]:
+        """Number of an example -> its sample."""
+
+
 def extract_all(
-    dataset: LabelledSet, which: Int[np.ndarray, "n"], extractors: Mapping[str, Extractor]
+    dataset: Readable, which: Int[np.ndarray, "n"], extractors: Mapping[str, Extractor]
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], dict[str, float]]:
     """The features of each extractor, and the seconds that each took."""
     rows: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
@@ -87,7 +94,7 @@ def extract_all(
     return {name: np.concatenate(every) for name, every in rows.items()}, seconds
 
 
-def _batches(dataset: LabelledSet, which: Int[np.ndarray, "n"]) -> Iterator[list[Sample]]:
+def _batches(dataset: Readable, which: Int[np.ndarray, "n"]) -> Iterator[list[Sample]]:
     batch: list[Sample] = []
     for i in track(which.tolist(), len(which), "features"):
         batch.append(dataset.read(i))
