@@ -2,7 +2,9 @@
 
 A builder is a Python file with `samples(folder) -> Iterator[Sample]`, or with a tfds GeneratorBasedBuilder. It may say
 TITLE, LICENCE and ATTRIBUTION, and `label_names(folder)` for labels whose numbers have names; all of it goes into
-dataset.json. What builders share stands here too: listing files, passing over bad ones, dates, grids, decibels.
+dataset.json. One with PARTS, such as ("train", "val"), has `samples(folder, part)`: each part becomes a data set of its
+own, OUT/PART, so that nothing trains on what tests. What builders share stands here too: listing files, passing over
+bad ones, dates, grids, decibels.
 """
 
 import contextlib
@@ -55,7 +57,27 @@ def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], 
     tfds_class = _tfds_builder(module)
     if tfds_class is not None:
         return _build_tfds(tfds_class, input_folder, out)
-    stream = module.samples(input_folder)
+    if not hasattr(module, "PARTS"):
+        return _write(module, input_folder, module.samples(input_folder), out)
+    if (out / records.DESCRIPTION).is_file():
+        raise UserError(f'"{out}" is a data set, and {module.__name__} makes a folder of several; name another --out')
+    streams = {part: module.samples(input_folder, part) for part in module.PARTS}
+    there = [part for part in module.PARTS if getattr(streams[part], "total", 1)]
+    if not there:
+        raise UserError(f'"{input_folder}" has no sample in any part: {", ".join(module.PARTS)}')
+    written = [_write(module, input_folder, streams[part], out / part) for part in there]
+    return Summary(
+        out,
+        sum(each.count for each in written),
+        sum(each.size for each in written),
+        {part: each.description for part, each in zip(there, written, strict=True)},
+        {file: reason for each in written for file, reason in each.bad.items()},
+    )
+
+
+def _write(
+    module: types.ModuleType, input_folder: pathlib.Path, stream: Iterable[Sample], out: pathlib.Path
+) -> Summary:
     about = {
         word.lower(): getattr(module, word) for word in ("TITLE", "LICENCE", "ATTRIBUTION") if hasattr(module, word)
     }
