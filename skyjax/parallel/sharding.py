@@ -28,7 +28,9 @@ RULES: tuple[Rule, ...] = (
     (r"step|counters/.*|optimizer/(.*/)?count", ()),
     (r".*/(bias|scale|temperature|logit_scale|positions|dates|extra_token|class_token)", ()),
     (r"prototypes", ("fsdp", None, None)),  # (regions, k, d): a lookup moves the banks of a batch, never the table
+    (r".*/lora_[ab]", ()),  # (in, r), (r, out): thin
     (r".*/classes", ("fsdp", None)),  # (k, d): a head's classes
+    (r".*/table", (None, "fsdp")),  # (ids, width): a vocabulary has whatever size it has
     (r".*/(query|key|value|up|hidden)/kernel", ("fsdp", "tensor")),  # (in, out)
     (r".*/(out|down|bottleneck)/kernel", ("tensor", "fsdp")),
     (r".*/(bias_up|bias_down)/kernel", ()),  # Swin-V2's position bias: 2 offsets in, one number a head out

@@ -1,13 +1,19 @@
 """Two products in a row on a mesh of data, fsdp and tensor: right as the rules split them, wrong otherwise (jaxlib)."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 
+import jax
+import ml_collections
 import pytest
+from jax.sharding import AbstractMesh
 
+from skyjax.models import answers, decoder, lora, text
 from skyjax.parallel import sharding
+from skyjax.parallel.mesh import AXES
 
 COLUMNS, ROWS = ("fsdp", "tensor"), ("tensor", "fsdp")
 GRADIENTS = r"""
@@ -51,6 +57,28 @@ def test_columns_then_rows_have_the_gradient_of_one_device(errors):
 def test_columns_then_columns_are_still_wrong(errors):
     """When this fails, XLA is mended, and the rules need no longer mind it (docs/findings.md)."""
     assert max(errors["columns, columns"]) > 0.1
+
+
+def test_everything_that_reads_and_writes_has_a_place():
+    """At full size, with an odd vocabulary; what is large is split over fsdp, whatever is split by tensor besides."""
+    writer = {"vocabulary": 30_003, "length": 64, "width": 768, "depth": 6, "heads": 12, "tied": False}
+    model = ml_collections.ConfigDict(
+        {
+            **{"dtype": "bfloat16", "scan": True, "remat": "full", "spatial_width": 2816, "fusion": {"width": 1024}},
+            **{"text": text.preset("siglip-b", 30_003, pool="query"), "decoder": writer},
+            "answers": {"count": 9, "width": 256},
+        }
+    )
+
+    def init():
+        towers = {"text": text, "decoder": decoder, "answers": answers}
+        params = {name: module.init(model, jax.random.key(0)) for name, module in towers.items()}
+        return lora.add(params, ".*/(query|up)/kernel", rank=16, key=jax.random.key(1))
+
+    mesh, params = AbstractMesh((2, 16, 2), AXES), jax.eval_shape(init)
+    for leaf, placed in zip(*map(jax.tree.leaves, (params, sharding.state_shardings(params, mesh))), strict=True):
+        own = math.prod(placed.shard_shape(leaf.shape))
+        assert own * mesh.shape["fsdp"] <= leaf.size or leaf.size * leaf.dtype.itemsize < sharding.SMALL, leaf.shape
 
 
 def test_only_what_opens_a_block_is_split_by_columns():
