@@ -9,6 +9,7 @@ single capital letter is taken for uncased: texts are lower-cased for it, and ac
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -214,9 +215,9 @@ def train_tokenizer(
 def read_texts(path: str | os.PathLike[str]) -> Iterator[str]:
     """Texts of one file or folder, in order.
 
-    A folder of records gives the captions of its samples, or where one has none those that its labels make
-    (input/captions.py). Of .json and .jsonl files come the strings below the keys raw, caption, text, question and
-    answer, however deep; other files have a text a line.
+    A folder of records gives the captions of its samples, their questions and answers, and where a sample has no
+    caption those that its labels and questions make (input/captions.py). Of .json and .jsonl files come the strings
+    below the keys raw, caption, text, question and answer, however deep; other files have a text a line.
 
     Raises:
       UserError: the file is missing, not UTF-8 or not JSON; or the folder holds no records.
@@ -248,7 +249,12 @@ def _record_texts(folder: pathlib.Path) -> Iterator[str]:
             sample = source[i]
         except BadRecord:
             continue  # training tells of it; a tokenizer is the same without one text
-        yield from sample.texts or captions(sample, names, seed=0, number=_LABEL_CAPTIONS)
+        told = [text for text in sample.texts if "\t" not in text]
+        asked = [text.split("\t")[-2:] for text in sample.texts if "\t" in text]
+        pairs = [(question, answer) for question, answer in asked]
+        yield from itertools.chain(told, *pairs)
+        if not told:
+            yield from captions(sample, names, seed=0, number=_LABEL_CAPTIONS, questions=pairs)
 
 
 def _strings(value: Any, wanted: bool = False) -> Iterator[str]:

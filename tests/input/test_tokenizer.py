@@ -116,7 +116,7 @@ def test_texts_of_files_and_records(tmp_path, words):
     nowhere = np.full(2, np.nan, np.float32)
     labelled = Sample({}, nowhere, labels={"class": np.array(1)}, id="1")
     records.write(
-        [Sample({}, nowhere, ("told", "so")), labelled],
+        [Sample({}, nowhere, ("told", "so")), labelled, Sample({}, nowhere, ("presence\tIs there a road?\tyes",))],
         tmp_path / "records",
         about={"label_names": {"class": ["Forest", "SeaLake"]}},
     )
@@ -124,8 +124,12 @@ def test_texts_of_files_and_records(tmp_path, words):
     assert list(read_texts(tmp_path / "pairs.jsonl")) == ["how many?", "3"]
     first, second, *made = read_texts(tmp_path / "records")
     assert (first, second) == ("told", "so")
-    assert made
-    assert all("a sea or lake" in text for text in made)
+    asked = made.index("Is there a road?")
+    assert asked > 1
+    assert all("a sea or lake" in text for text in made[:asked])
+    assert made[asked + 1] == "yes"
+    assert made[asked + 2 :]
+    assert all("a road" in text for text in made[asked + 2 :])
 
 
 def test_the_command_trains_and_tells_the_size(corpus, tmp_path, capsys):
