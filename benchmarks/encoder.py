@@ -14,12 +14,10 @@ of one thread is what the clock on the wall would show with nothing else running
 """
 
 import argparse
-import ctypes
 import dataclasses
 import functools
 import gc
 import logging
-import math
 import os
 import pathlib
 import sys
@@ -33,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from measure import in_turns, keep_memory
 
 from skyjax.convert import skysense
 from skyjax.models.fusion import DAYS_A_YEAR, Fusion
@@ -54,7 +53,6 @@ except ImportError as error:
     )
 
 PATCH = 4
-SETTLE_S = 0.01  # threads of the side before go on spinning for a moment
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Call = Callable[[Any, Any], Any]
@@ -187,7 +185,7 @@ def time_part(part: Part, gpu: bool, rounds: int, clock: Callable[[], float]) ->
         runs: dict[str, Callable[[], Any]] = {"skyjax": functools.partial(run_jax, run)}
         for side, made in sides.items():
             runs[side] = functools.partial(run_torch, made, theirs, weighting, gpu)
-        best = fastest(runs, rounds, clock)
+        best = {side: min(seconds) for side, seconds in in_turns(runs, rounds, clock).items()}
         ratios = " ".join(f"{best['skyjax'] / best[side]:8.2f}" for side in sides)
         times = " ".join(f"{1000 * best[side]:10.1f}" for side in runs)
         print(f"{part.title:34s} {name:18s} {times} {ratios} {difference:12.1e}", flush=True)
@@ -211,32 +209,6 @@ def run_torch(module: Any, x: Any, factors: Any, gpu: bool) -> Any:
     return y
 
 
-def fastest(runs: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Shortest time of each in seconds; they take turns."""
-    best = dict.fromkeys(runs, math.inf)
-    for i in range(rounds + 2):
-        for name, run in runs.items():
-            time.sleep(SETTLE_S)
-            start = clock()
-            run()
-            if i >= 2:  # the first two compile and warm up
-                best[name] = min(best[name], clock() - start)
-    return best
-
-
-def _keep_memory() -> None:
-    """Keeps freed memory in the process (glibc).
-
-    Otherwise it depends on what ran before whether each round asks the system for the same pages again, which can
-    double the time of a part whose arrays are large.
-    """
-    mmap_threshold, trim_threshold = -3, -1
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_threshold, 2**30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(parts("tiny")))
@@ -246,7 +218,7 @@ def main() -> None:
     parser.add_argument("--clock", default="wall", choices=tuple(CLOCKS))
     arguments = parser.parse_args()
     logging.disable()  # the published modules tell how each weight starts
-    _keep_memory()
+    keep_memory()
     # Both count the processors that they may use; jax when it starts its backend, at the first array.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     torch.set_num_threads(arguments.threads)

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
+from measure import random_batch
 
 from skyjax.config import load_config
 from skyjax.parallel import flops, topology
@@ -139,25 +140,6 @@ def time_steps(rounds: int) -> dict[str, float]:
             if i:  # the first warms up
                 best[title] = min(best[title], time.process_time() - start)
     return best
-
-
-def random_batch(abstract: Batch) -> Batch:
-    """Every date there, on a day of its own; every view the whole site, so that all places have a counterpart."""
-    rng = np.random.default_rng(0)
-
-    def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        name = path[-1].key
-        if name == "values":
-            return rng.integers(0, 250, leaf.shape).astype(leaf.dtype)
-        if name in ("days", "student_days"):
-            return np.broadcast_to(18_000 + 10 * np.arange(leaf.shape[-1]), leaf.shape).astype(leaf.dtype)
-        if name == "to_view":
-            return np.broadcast_to(np.eye(2, 3), leaf.shape).astype(leaf.dtype)
-        if name == "index":
-            return np.arange(*leaf.shape).astype(leaf.dtype)
-        return np.full(leaf.shape, leaf.dtype == bool and name != "bad", leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, abstract)
 
 
 def main() -> None:
