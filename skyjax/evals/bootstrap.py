@@ -16,6 +16,17 @@ def interval(
 ) -> tuple[float, float]:
     """The 2.5 and 97.5 percentile of sum(numerator) / sum(denominator) when the examples are drawn with replacement.
 
+    Args: as `ratios`.
+    """
+    low, high = np.percentile(ratios(numerator, denominator, resamples=resamples, seed=seed), PERCENTILES)
+    return float(low), float(high)
+
+
+def ratios(
+    numerator: Float[np.ndarray, "n"], denominator: Float[np.ndarray, "n"], *, resamples: int = RESAMPLES, seed: int = 0
+) -> Float[np.ndarray, "resamples"]:
+    """sum(numerator) / sum(denominator) of each draw of examples with replacement; 0 where the second sum is.
+
     Args:
       numerator: of each test example; for accuracy 1 where it is right.
       denominator: of each test example; for accuracy all ones.
@@ -23,14 +34,13 @@ def interval(
       seed: the same seed draws the same test sets, so two rows of a table are compared on the same draws.
     """
     rng, n = np.random.default_rng(seed), len(numerator)
-    ratios = []
+    found = []
     step = max(1, _BLOCK // n)
     for start in range(0, resamples, step):
         drawn = rng.integers(0, n, (min(step, resamples - start), n))
         below = denominator[drawn].sum(1)
-        ratios.append(np.divide(numerator[drawn].sum(1), below, out=np.zeros(len(drawn)), where=below > 0))
-    low, high = np.percentile(np.concatenate(ratios), PERCENTILES)
-    return float(low), float(high)
+        found.append(np.divide(numerator[drawn].sum(1), below, out=np.zeros(len(drawn)), where=below > 0))
+    return np.concatenate(found)
 
 
 def score(truth: np.ndarray, predicted: np.ndarray) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:

@@ -30,6 +30,7 @@ from skyjax.evals.progress import track
 TASKS = ("knn", "linear")
 PRETRAINED, UNTRAINED = "pre-trained encoder", "untrained encoder"
 STATISTICS, CONVOLUTION = "image statistics", "random convolutional features"
+_PART_WORDS = {"val": "validation"}
 LARGEST = 4  # times the training view's side; larger images are shrunk, unless --image-size says otherwise
 _BASELINE_IMAGES = 300  # of the training part, from which the baselines take bands and filters
 _DECISIVE = {"knn": f"kNN {knn.NEIGHBOURS[0]}", "linear": "linear L-BFGS"}  # whose mistakes are listed
@@ -102,7 +103,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         bands=options.bands,
         label=options.label,
         image_size=options.image_size,
-        largest=_largest(model),
+        largest=largest_sides(model),
     )
     known = tuple(model.config.model.modalities)
     if not set(known) & set(examples.sizes):
@@ -143,7 +144,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
     return result
 
 
-def _largest(model: Encoder) -> dict[str, int]:
+def largest_sides(model: Encoder) -> dict[str, int]:
     """Modality -> longest side that an image of a data set keeps; an imported encoder names no views, and no limit."""
     views = model.config.get("data", {}).get("global_views", {})
     return {m: LARGEST * side for m, side in views.get("size", {}).items()}
@@ -305,11 +306,8 @@ def print_table(result: Mapping[str, Any], console: rich.console.Console | None 
     for name in result["classes"]:
         classes.add_row(name, *(f"{100 * each[name]:.1f}" for each in result["per_class"].values()))
     console.print(classes)
-    console.print(
-        f"{len(result['classes'])} classes; {sizes['train']:,} train, {sizes['val']:,} validation,"
-        f" {sizes['test']:,} test ({settings['split']})",
-        highlight=False,
-    )
+    counts = ", ".join(f"{count:,} {_PART_WORDS.get(part, part)}" for part, count in sizes.items())
+    console.print(f"{len(result['classes'])} classes; {counts} ({settings['split']})", highlight=False)
     for note in result["notes"]:
         console.print(f"Note: {note}.", highlight=False)
 
@@ -383,10 +381,14 @@ def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def tell(result: Mapping[str, Any], arguments: argparse.Namespace) -> None:
-    """Prints the table and writes the files that the command line asks for."""
-    print_table(result)
+def tell(
+    result: Mapping[str, Any],
+    arguments: argparse.Namespace,
+    show: Callable[[Mapping[str, Any]], None] = print_table,
+) -> None:
+    """Prints the table, by `show`, and writes the files that the command line asks for; pictures go to the report."""
+    show(result)
     if arguments.json:
-        write_json(result, arguments.json)
+        write_json({key: value for key, value in result.items() if key != "pictures"}, arguments.json)
     if arguments.csv:
         append_csv(result, arguments.csv)

@@ -83,7 +83,7 @@ def rows(result, method):
 def test_an_imported_encoder_shrinks_no_image():
     """It has a model and no views by which an image would be too large."""
     config = ml_collections.ConfigDict({"model": {}})
-    assert probe._largest(types.SimpleNamespace(config=config)) == {}
+    assert probe.largest_sides(types.SimpleNamespace(config=config)) == {}
 
 
 @pytest.mark.parametrize(
