@@ -165,15 +165,21 @@ def _add_eval(verbs: Any, verb: str) -> None:
     if verb == "eval":  # the room takes seconds to import; the other verbs need not wait for it
         from skyjax.evals import probe, segmentation
 
-        probe.add_arguments(evaluate, other_tasks=(segmentation.TASK,))
+        probe.add_arguments(evaluate, other_tasks=tuple(_eval_tasks()))
         segmentation.add_arguments(evaluate)
 
 
-def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
-    from skyjax.evals import probe, scores, segmentation
+def _eval_tasks() -> dict[str, Any]:
+    """Task -> its module, of the tasks that are not the image probe's."""
+    from skyjax.evals import segmentation, vqa
 
-    task = segmentation if options.task == segmentation.TASK else probe
-    result = task.from_arguments(options)
+    return {module.TASK: module for module in (segmentation, vqa)}
+
+
+def _eval(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.evals import probe, scores
+
+    result = _eval_tasks().get(options.task, probe).from_arguments(options)
     workdir = pathlib.Path(options.checkpoint)
     if (workdir / "config.json").is_file():
         scores.keep_probe(workdir / scores.PROBES, result)
