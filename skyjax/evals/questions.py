@@ -96,8 +96,8 @@ def open_questions(
     found = [dataclasses.replace(each, number=i) for i, each in enumerate(found) if i in images.digests]
     numbers = [each.number for each in found]
     rows = [(i, each.part == "test", *fields) for i, each in enumerate(found) for fields in each.questions]
-    for part, tested in (("training", False), ("test", True)):
-        if not any(row[1] == tested for row in rows):
+    for part, tests_it in (("training", False), ("test", True)):
+        if not any(row[1] == tests_it for row in rows):
             raise UserError(f'"{path}" has no question in its {part} part; --task=vqa needs images with questions')
     image, test, kind, question, answer = zip(*rows, strict=True)
     class_of = functools.partial(classed, large=_large_counts(kind, answer, ~np.array(test, bool)))

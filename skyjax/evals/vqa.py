@@ -98,7 +98,7 @@ def compare(
         options.dataset,
         test_path=options.test_dataset,
         image_size=options.image_size,
-        largest=probe.largest_sizes(model),
+        largest=probe.largest_sides(model),
     )
     words = _question_features(model, asked)
     rows, seconds = _image_features(model, fresh, asked, options)
@@ -309,14 +309,14 @@ def _result(
         if name != PRETRAINED
         for method in methods
     ]
-    classes = sorted(set(truth.tolist()))
+    names = sorted(set(truth.tolist()))
     hits = said[PRETRAINED][0] == truth
     return {
         "task": TASK,
         "dataset": options.dataset,
         "test_dataset": options.test_dataset,
         "metric": "accuracy",
-        "classes": classes,
+        "classes": names,
         "rows": [
             {
                 "features": name,
@@ -330,7 +330,7 @@ def _result(
             for name in said
         ],
         "paired": paired,
-        "per_class": {OVERALL: {name: float(hits[truth == name].mean()) for name in classes}},
+        "per_class": {OVERALL: {name: float(hits[truth == name].mean()) for name in names}},
         "confusion": None,
         "confusion_of": None,
         "features": {
