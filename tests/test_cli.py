@@ -11,10 +11,12 @@ from skyjax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs" / "pretrain_sample.py")
+DATA_ACTIONS = ("build", "stats", "show", "tokenizer")
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["train"], ["eval"], ["import"], ["export"], ["report"], ["data", "build"], ["data", "stats"]]
+    "words",
+    [[], ["train"], ["eval"], ["import"], ["export"], ["report"], *(["data", action] for action in DATA_ACTIONS)],
 )
 def test_help_has_an_example(words, capsys):
     with pytest.raises(SystemExit) as end:
@@ -36,6 +38,7 @@ def test_help_has_an_example(words, capsys):
         (["data", "stats", "--dataset=none"], '"none" is not a skyjax dataset'),
         (["data", "stats", "--dataset=none", "--config.steps=1"], "only train and compile take a config"),
         (["data", "show", "--dataset=none", "--out=x.png"], '"none" is not a skyjax dataset'),
+        (["data", "tokenizer", "--input=none.txt", "--out=x.model"], '"none.txt" cannot be read'),
         (["eval", "--checkpoint=none", "--task=knn", "--dataset=none"], "none"),
         (["report", "--workdir=none"], "none"),
     ],
