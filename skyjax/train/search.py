@@ -1,9 +1,9 @@
 """Which batch, remat and mesh make a step fastest on a topology: ranked by estimate, then compiled, a few of them.
 
-The estimate knows the products and the weights that must be gathered; what goes through HBM and what lies there, it
-does not know. So the config's own choice is compiled first, and then whatever may be faster than the fastest so far by
-all that compiled plans have shown: of the same remat, its traffic a sample and its temporaries. Where nothing may be,
-the batch of the fastest is enlarged to what fits, and bisected.
+The estimate knows the products, the weights that must be gathered and the gradients that are summed; what goes through
+HBM and what lies there, it does not know. So the config's own choice is compiled first, and then, one change at a time
+from the fastest so far, what may be faster still by all that compiled plans have shown: of the same remat, its traffic
+a sample and its temporaries. Where nothing may be, the batch of the fastest is enlarged to what fits, and bisected where that is not faster.
 """
 
 import dataclasses
@@ -138,26 +138,27 @@ def search(
         return MOST_COMPILES - len(tried) - len(errors)
 
     def rank(candidate: Candidate) -> tuple[float, float, float]:
-        seconds = expected(candidate, tried, lambda one: estimate(config, parameters, one, chip))
+        seconds = expected(candidate, tried, lambda one: estimate(config, parameters, one, len(devices), chip))
         return seconds, abs(math.log2(candidate.fsdp / own.fsdp)), -candidate.fsdp
 
     attempt(own)
     while budget() > FOR_BATCH:
-        fits = [one for one in left if _expected_memory(one, tried, state) <= room]
-        candidate = min(fits, key=rank, default=None)
         fastest = _fastest(tried)
+        near = [one for one in left if fastest is None or _is_one_change(one, fastest.candidate)]
+        candidate = min((one for one in near if _expected_memory(one, tried, state) <= room), key=rank, default=None)
         if candidate is None or (fastest and rank(candidate)[0] > WORTH * _seconds(fastest)):
             break
         attempt(candidate)
-    fastest, too_large = _fastest(tried), None
+    fastest, too_many = _fastest(tried), None
     while fastest and budget() > 0:
-        larger = _larger(fastest, too_large, room, state)
+        larger = _larger(fastest, too_many, room, state)
         if larger is None:
             break
         found = attempt(larger)
-        if found is None or (found.fits and _seconds(found) >= _seconds(fastest)):
-            break
-        fastest, too_large = (found, too_large) if found.fits else (fastest, larger.samples)
+        if found and found.fits and _seconds(found) < _seconds(fastest):
+            fastest = found
+        else:
+            too_many = larger.samples
     if not tried:
         raise errors[0]
     return sorted(tried, key=lambda one: (not one.fits, -one.samples_a_second))
@@ -168,6 +169,12 @@ def _own(config: ml_collections.ConfigDict, devices: int, in_slice: int, meshes:
     sizes = dict(zip(AXES, mesh_shape({axis: config.mesh[axis] for axis in AXES}, in_slice), strict=True))
     fsdp = min(meshes, key=lambda one: abs(math.log2(one / sizes["fsdp"])))
     return Candidate(max(1, math.ceil(config.batch_size / devices)), config.model.remat, fsdp)
+
+
+def _is_one_change(one: Candidate, other: Candidate) -> bool:
+    """Another remat, or half or twice as many devices that share the state."""
+    steps = abs(math.log2(one.fsdp / other.fsdp))
+    return (one.remat == other.remat and steps == 1) or (one.remat != other.remat and steps == 0)
 
 
 def _fastest(tried: Sequence[Tried]) -> Tried | None:
@@ -209,34 +216,38 @@ def _expected_memory(candidate: Candidate, tried: Sequence[Tried], state: int) -
     return state / candidate.fsdp + a_sample * candidate.samples
 
 
-def _larger(found: Tried, too_large: int | None, room: float, state: int) -> Candidate | None:
+def _larger(found: Tried, too_many: int | None, room: float, state: int) -> Candidate | None:
     """With a larger batch, None where there is no room for one.
 
-    It is the one that fills the room, as far as temporaries grow with it, in steps of two; where that was too large,
-    the middle.
+    It is the one that fills the room, as far as temporaries grow with it, in steps of two; where that many samples did
+    not fit or were slower, the middle.
     """
     samples = found.candidate.samples
-    if too_large is not None:
-        more = (samples + too_large) // 2
+    if too_many is not None:
+        more = (samples + too_many) // 2
     else:
         most = (room - state / found.candidate.fsdp) / max(found.plan.memory.temporaries, 1)
         more = samples * 2 ** int(math.log2(most)) if most >= 1 else samples
     return dataclasses.replace(found.candidate, samples=more) if more > samples else None
 
 
-def estimate(config: ml_collections.ConfigDict, parameters: int, candidate: Candidate, chip: chips.Chip) -> Estimate:
+def estimate(
+    config: ml_collections.ConfigDict, parameters: int, candidate: Candidate, devices: int, chip: chips.Chip
+) -> Estimate:
     """At the chip's peaks.
 
-    Weights are gathered in bfloat16 for each pass over them (student forward for two groups of views, again where
-    blocks are recomputed, backward, and the teacher's), gradients are scattered once.
+    All in bfloat16: weights are gathered for each pass over them (student forward for two groups of views, again where
+    blocks are recomputed, backward, and the teacher's); each group's gradients are scattered over `fsdp`, and their
+    shares summed over `data`.
     """
     passes = flops.training(config)
     student, teacher = (sum(passes[name].values()) for name in ("student", "teacher"))
     recomputed = student if candidate.remat == "full" else 0
     products = (3 * student + teacher + recomputed) * chip.devices_a_chip / chip.bf16_flops
-    groups = len(flops.view_images(config))
+    groups, weights, data = len(flops.view_images(config)), BFLOAT16 * parameters, devices // candidate.fsdp
     rounds = groups * (2 + (candidate.remat == "full")) + 1 + groups
-    sent = rounds * BFLOAT16 * parameters * (candidate.fsdp - 1) / candidate.fsdp
+    sent = rounds * weights * (candidate.fsdp - 1) / candidate.fsdp
+    sent += groups * 2 * (weights / candidate.fsdp) * (data - 1) / data
     return Estimate(products, sent * chip.devices_a_chip / chip.ici_bandwidth / candidate.samples)
 
 

@@ -115,16 +115,16 @@ def test_a_state_that_fits_nowhere_is_told():
         search.search(config, "v5e:1x1", 1, lambda _: pytest.fail("compiled"), lambda _: None)
 
 
-def test_the_estimate_grows_with_what_is_recomputed_and_with_what_is_gathered():
+def test_the_estimate_grows_with_what_is_recomputed_and_with_what_is_sent():
     config, chip = load_config(CONFIG), chips.chip("v5p")
 
-    def seconds(**changes):
-        return search.estimate(
-            config, 10**9, search.Candidate(**({"samples": 4, "remat": "dots", "fsdp": 1} | changes)), chip
-        )
+    def estimate(remat, fsdp, chip=chip):
+        return search.estimate(config, 10**9, search.Candidate(4, remat, fsdp), 64, chip)
 
-    assert seconds(remat="full").compute > seconds().compute == seconds(remat="none").compute
+    assert estimate("full", 16).compute > estimate("dots", 16).compute == estimate("none", 16).compute
     slow = chips.chip("v5p").__class__(**{**vars(chip), "ici_bandwidth": 1e9})
-    # 15/16 of the weights against 1/2: two groups of views, forward and backward, and the teacher's two.
-    apart, near = (search.estimate(config, 10**9, search.Candidate(1, "dots", fsdp), slow) for fsdp in (16, 2))
-    assert apart.ici / near.ici == pytest.approx(15 / 8)
+    # 2 GB in bfloat16. Gathered for two groups of views, forward and backward, and for the teacher's; scattered for
+    # two; of each group's gradients, a share is summed over data.
+    gathered, summed = 7 * 2 * 15 / 16, 2 * 2 * (2 / 16) * 3 / 4
+    assert estimate("dots", 16, slow).ici == pytest.approx((gathered + summed) / 4)
+    assert estimate("dots", 1, slow).ici == pytest.approx(2 * 2 * 2 * 63 / 64 / 4)
