@@ -44,15 +44,13 @@ def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDi
     if config.get("head_norm", "none") not in NORMS:
         raise ValueError(f'objective.head_norm is "{config.head_norm}"; it is one of {", ".join(NORMS)}')
     modalities = modalities_of(model)
-    fused = model.spatial_width if model.fusion is None else model.fusion.width
-    widths = {**dict.fromkeys(modalities, model.spatial_width), "fused": fused}
     heads: Params = {
         stream: {
             level: _init_head(config, width, jax.random.fold_in(key, STREAMS.index(stream) * len(LEVELS) + i))
             for i, level in enumerate(LEVELS)
             if config.weights[level]
         }
-        for stream, width in widths.items()
+        for stream, width in widths_of(model).items()
         if stream in streams_of(model)
     }
     if config.weights.alignment and len(modalities) > 1:
@@ -62,6 +60,12 @@ def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDi
             "temperature": jnp.log(jnp.float32(config.alignment.temperature)),
         }
     return {name: head for name, head in heads.items() if head}
+
+
+def widths_of(model: ml_collections.ConfigDict) -> dict[str, int]:
+    """Stream -> width of its features."""
+    fused = model.spatial_width if model.fusion is None else model.fusion.width
+    return {**dict.fromkeys(modalities_of(model), model.spatial_width), "fused": fused}
 
 
 def modalities_of(names: Any) -> list[str]:
@@ -112,7 +116,11 @@ def alignment_temperature(head: Params, bounds: Sequence[float] = TEMPERATURES) 
 
     The clamp passes the gradient on: with a zero gradient beyond the bound the temperature could never come back.
     """
-    stored = head["temperature"]
+    return bounded_temperature(head["temperature"], bounds)
+
+
+def bounded_temperature(stored: Float[Array, ""], bounds: Sequence[float] = TEMPERATURES) -> Float[Array, ""]:
+    """exp(stored) clamped to `bounds`, with the gradient passed on."""
     clamped = jnp.clip(stored, *(jnp.log(bound) for bound in bounds))
     return jnp.exp(stored + jax.lax.stop_gradient(clamped - stored))
 

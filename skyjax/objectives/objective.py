@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from jaxtyping import Array, Float, Int
 
-from skyjax.objectives import alignment, heads, multigranularity, spread
+from skyjax.objectives import alignment, heads, image_text, multigranularity, spread
 from skyjax.objectives.distillation import distil
 from skyjax.objectives.multigranularity import Maps, masked_mean
 from skyjax.sample import Batch
@@ -36,6 +36,7 @@ def objective(
     teacher_temperature: Float[Array, ""] | float,
     counts: dict[str, Float[Array, ""]] | None = None,
     streams: Sequence[str] | None = None,
+    read: image_text.Read | None = None,
 ) -> tuple[Float[Array, ""], Terms]:
     """The loss and its terms.
 
@@ -52,11 +53,12 @@ def objective(
       teacher_temperature: `teacher_temperature(config, step, steps)`.
       counts: what to divide the sums by, in place of this batch's own counts.
       streams: what is compared (`heads.streams_of`); None: every modality of the outputs, and "fused".
+      read: what the models make of the captions; None where there is no text.
 
     Returns:
       The loss, and {"sums": .., "counts": .., "metrics": ..}. Names of terms: "pixel/optical", "object/fused",
-      "image/sar", "alignment/optical-sar", "spread/fused"; of metrics: "rank/fused", "spread/fused". Counts depend on
-      masks, maps and dates, never on features.
+      "image/sar", "alignment/optical-sar", "spread/fused", "text/fused", "words", "caption"; of metrics: "rank/fused",
+      "spread/fused". Counts depend on masks, maps and dates, never on features.
     """
     teacher, teacher_heads = jax.lax.stop_gradient((teacher, teacher_heads))
     sums: dict[str, Array] = {}
@@ -95,6 +97,12 @@ def objective(
         )
         sums |= {f"alignment/{pair}": value for pair, value in pair_sums.items()}
         own |= {f"alignment/{pair}": value for pair, value in pair_counts.items()}
+    if read is not None:
+        of_modalities = {stream: side for stream, side in pooled.items() if stream != "fused"}
+        text_sums, text_counts = image_text.terms(
+            config, student["global"], of_modalities, read, student_heads.get("image_text", {})
+        )
+        sums, own = sums | text_sums, own | text_counts
     if config.weights.spread:
         floor = config.get("spread", {}).get("floor", spread.FLOOR)
         for stream, (feature, there) in pooled.items():

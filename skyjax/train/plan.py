@@ -118,7 +118,23 @@ def abstract_batch(config: ml_collections.ConfigDict, samples: int) -> Batch:
         group: {"to_view": array(jnp.float32, views, 2, 3), **{m: images(m, views, size) for m, size in sizes.items()}}
         for group, (views, sizes) in flops.view_images(config).items()
     }
-    return {"index": array(jnp.uint32), "lonlat": array(jnp.float32, 2), "bad": array(bool), **groups}
+    words = {"text": _abstract_text(config, array)} if config.model.get("text") else {}
+    return {"index": array(jnp.uint32), "lonlat": array(jnp.float32, 2), "bad": array(bool), **groups, **words}
+
+
+def _abstract_text(config: ml_collections.ConfigDict, array: Callable[..., Any]) -> dict[str, Any]:
+    """As input/texts.py makes it."""
+    rows, length = config.data.text.captions, config.data.text.length
+    text = {
+        "tokens": array(jnp.int32, rows, length),
+        "valid": array(bool, rows, length),
+        "words": array(jnp.int32, rows),
+    }
+    if config.model.get("decoder"):
+        text["written"] = {"tokens": array(jnp.int32, length)} | {
+            name: array(bool, length) for name in ("valid", "counted")
+        }
+    return text
 
 
 def arguments(config: ml_collections.ConfigDict, mesh: Mesh) -> tuple[states.State, Batch]:

@@ -3,7 +3,8 @@
     {"step": int32, "params": {"encoder", "heads"}, "teacher": {"encoder", "heads"}, "optimizer": optax state,
      "counters": {"skipped": int32, "nonfinite_in_a_row": int32}}
 
-and, where the model has geo-prototypes, "prototypes": (regions, k, d) float32. `step` counts the batches consumed,
+and, where the model has geo-prototypes, "prototypes": (regions, k, d) float32; where it reads and writes, "text" and
+"decoder" beside the encoder. `step` counts the batches consumed,
 those included whose update was skipped.
 """
 
@@ -17,13 +18,16 @@ from jaxtyping import Array, Key
 
 from skyjax.errors import UserError
 from skyjax.models import skysense
-from skyjax.objectives.heads import init_heads
+from skyjax.objectives import image_text
+from skyjax.objectives.heads import init_heads, widths_of
 from skyjax.parallel.sharding import state_shardings
+from skyjax.train import reading
 from skyjax.train.optimizer import make_optimizer
 
 State = dict[str, Any]
 
-_TABLE = 0x6E0  # sets its draw apart from that of the parameters
+# Set their draws apart from that of the encoder and the heads.
+_TABLE, _TEXT = 0x6E0, 0x7E87
 
 
 def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
@@ -47,11 +51,17 @@ def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
 
 
 def init_params(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> dict[str, Any]:
-    """Fresh parameters of encoder and heads, float32."""
+    """Fresh parameters of encoder and heads, and of text tower and decoder where the model has them; float32."""
     encoder_key, heads_key = jax.random.split(key)
+    heads = init_heads(config.objective, config.model, heads_key)
+    if config.model.get("text"):
+        text_key = jax.random.fold_in(key, _TEXT)
+        head = image_text.init_head(config.objective, widths_of(config.model), config.model.text, text_key)
+        heads |= {"image_text": head} if head else {}
     return {
         "encoder": skysense.init(config.model, encoder_key),
-        "heads": init_heads(config.objective, config.model, heads_key),
+        "heads": heads,
+        **reading.init_params(config.model, jax.random.fold_in(key, _TEXT + 1)),
     }
 
 

@@ -19,6 +19,7 @@ from skyjax.objectives import heads
 from skyjax.objectives.objective import Terms, objective, teacher_temperature
 from skyjax.parallel.sharding import place_rows
 from skyjax.sample import MODALITIES, Batch
+from skyjax.train import reading
 from skyjax.train.optimizer import descend, learning_rate, make_optimizer, teacher_momentum
 from skyjax.train.state import State
 
@@ -150,7 +151,7 @@ def compare(
     Args:
       config: the experiment.
       statistics: as in `make_step`.
-      params: the student's encoder and heads.
+      params: the student's encoder and heads, and the towers of its words.
       teacher: the teacher's.
       batch: as the loader yields it, on the device.
       step: for the schedules.
@@ -171,6 +172,7 @@ def compare(
         for (group, images), group_key in zip(views.items(), keys, strict=True)
     }
     taught = encode(config.model, teacher["encoder"], views["global"], teacher=True, key=None, **place)
+    words = reading.read(config.model, params, batch, student["global"], jax.random.fold_in(key, len(views)))
     loss, terms = objective(
         config.objective,
         student,
@@ -183,6 +185,7 @@ def compare(
         teacher_temperature=teacher_temperature(config.objective, step, config.steps),
         counts=counts,
         streams=heads.streams_of(config.model),
+        read=words,
     )
     if table is None or config.model.prototypes.frozen:
         return loss, terms
