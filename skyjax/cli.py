@@ -163,17 +163,19 @@ def _add_eval(verbs: Any, verb: str) -> None:
         "skyjax eval --checkpoint=runs/first --task=knn --dataset=data/sample/eurosat_rgb",
     )
     if verb == "eval":  # the room takes seconds to import; the other verbs need not wait for it
-        from skyjax.evals import probe, segmentation
+        from skyjax.evals import captions, probe, retrieval, segmentation
 
         probe.add_arguments(evaluate, other_tasks=tuple(_eval_tasks()))
         segmentation.add_arguments(evaluate)
+        retrieval.add_arguments(evaluate)
+        captions.add_arguments(evaluate)
 
 
 def _eval_tasks() -> dict[str, Any]:
     """Task -> its module, of the tasks that are not the image probe's."""
-    from skyjax.evals import segmentation, vqa
+    from skyjax.evals import captions, change, retrieval, segmentation, vqa, zero_shot
 
-    return {module.TASK: module for module in (segmentation, vqa)}
+    return {module.TASK: module for module in (segmentation, vqa, change, zero_shot, retrieval, captions)}
 
 
 def _eval(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -29,7 +29,7 @@ ALL = "all"
 _PARTS = PART_NAMES | {"restval": "train"}  # what COCO's split file calls the rest of its validation images
 _TAKEN = ("test", "val", "train")  # the first that there is, where no split is named
 
-# A sample without texts and the names of its label numbers -> captions for it.
+# A sample without captions and the names of its label numbers -> captions for it.
 Make = Callable[[Sample, Mapping[str, Any]], Sequence[str]]
 
 logger = logging.getLogger("skyjax")
@@ -87,7 +87,7 @@ def open_captioned(
       bands: names, in the order of the images' bands; the sensor's where left out.
       image_size: pixels a side that every image is resized to.
       largest: modality -> longest side in pixels; larger images are shrunk to it.
-      make: makes captions of records that have no texts.
+      make: makes captions of records that have none.
 
     Raises:
       UserError: there is no such set, split or image, nothing has a caption, or more than 1 % of the images cannot be
@@ -252,7 +252,8 @@ def _records(folder: pathlib.Path, make: Make | None) -> tuple[list[_Entry], lis
                 unreadable += 1
                 logger.warning("%s; left out, %d so far", error, unreadable)
                 continue
-            texts = tuple(" ".join(text.split()) for text in sample.texts)
+            # A text with a tab is a question with its answer (docs/records.md).
+            texts = tuple(" ".join(text.split()) for text in sample.texts if "\t" not in text)
             if not texts and make is not None:
                 texts = tuple(make(sample, names))
                 made += bool(texts)
@@ -260,5 +261,5 @@ def _records(folder: pathlib.Path, make: Make | None) -> tuple[list[_Entry], lis
             entries.append(_Entry(part, texts, Example(sample.id or source.name(i), 0, "", read)))
     notes = [f"{unreadable:,} records cannot be read and were left out"] if unreadable else []
     if made:
-        notes.append(f"{made:,} of {len(entries):,} records have no texts: their captions were made from labels")
+        notes.append(f"{made:,} of {len(entries):,} records have no captions; theirs were made of labels and questions")
     return entries, notes

@@ -1,46 +1,19 @@
 """What the probes with words need of a model, and features of images in the space of words.
 
-`Words` is the text side of a trained model (train/words.py): unit vectors of texts and of images, comparable by their
+The text side of a trained model (train/words.py) gives unit vectors of texts and of images, comparable by their
 products. A model without a text tower has none, and these probes refuse it.
 """
 
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from skyjax.errors import UserError, nearest
 from skyjax.evals.features import FUSED, Encoder, Readable, encoder_features, extract_all
-
-
-class Words(Protocol):
-    """The text side of a model; `skyjax.load(...).words` is one.
-
-    Attributes:
-      streams: image sides that meet words: "fused", or modalities.
-      can_caption: whether there is a decoder.
-    """
-
-    @property
-    def streams(self) -> Sequence[str]:
-        """As above."""
-
-    @property
-    def can_caption(self) -> bool:
-        """As above."""
-
-    def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n e"]:
-        """Unit vectors of texts."""
-
-    def project(self, stream: str, features: Float[np.ndarray, "n c"]) -> Float[np.ndarray, "n e"]:
-        """Unit vectors of images from their features (evals/features.py)."""
-
-    def caption(
-        self, fused: Float[np.ndarray, "b h w d"], valid: Bool[np.ndarray, "b h w"], method: str, **options: Any
-    ) -> list[str]:
-        """A text an image, by "greedy", "beam" or "nucleus"."""
+from skyjax.train.words import Words
 
 
 class Worded(Encoder, Protocol):
@@ -82,14 +55,14 @@ def pooling(stream: str) -> str:
     """What an image's vector is made of, in words."""
     if stream == FUSED:
         return "mean of the fused features over valid places, projected to words"
-    return f"mean of the {stream} encoder over valid places and dates, projected to words"
+    return f"mean of the {stream} encoder behind its up-head over valid places and dates, projected to words"
 
 
 def image_vectors(
     model: Worded, words: Words, images: Readable, which: Int[np.ndarray, "n"], stream: str
 ) -> tuple[Float[np.ndarray, "n e"], float]:
     """Unit vectors of images, and the seconds that they took."""
-    found, seconds = extract_all(images, which, {stream: encoder_features(model, kind=stream)})
+    found, seconds = extract_all(images, which, {stream: encoder_features(model, kind=stream, level="spatial")})
     return _checked(words.project(stream, found[stream])), seconds[stream]
 
 

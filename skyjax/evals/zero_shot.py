@@ -24,6 +24,7 @@ from skyjax.evals.probe import PRETRAINED
 from skyjax.evals.reading import look_at
 from skyjax.evals.sources import Pool, open_pool
 from skyjax.input.captions import class_words, prompts
+from skyjax.train.words import Words
 
 TASK = "zero_shot"
 METHOD = "zero-shot top-1"
@@ -142,7 +143,7 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
     }
 
 
-def class_vectors(text: words.Words, classes: Sequence[str]) -> Float[np.ndarray, "k e"]:
+def class_vectors(text: Words, classes: Sequence[str]) -> Float[np.ndarray, "k e"]:
     """A unit vector a class: of the mean of the unit vectors of its templates."""
     asked = [prompts(name) for name in classes]
     vectors, _ = words.text_vectors(text, [prompt for every in asked for prompt in every])
