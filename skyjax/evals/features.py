@@ -35,12 +35,15 @@ class Encoder(Protocol):
         """The encoder's output as numpy (models/skysense.py)."""
 
 
-def encoder_features(model: Encoder, *, kind: str = FUSED, batch_size: int = BATCH_SIZE) -> Extractor:
+def encoder_features(
+    model: Encoder, *, kind: str = FUSED, level: str = "encoder", batch_size: int = BATCH_SIZE
+) -> Extractor:
     """Samples -> the encoder's features.
 
     Args:
       model: as `skyjax.load` returns it.
       kind: "fused", or a modality of the model.
+      level: of a modality: "encoder", before the up-head, or "spatial", behind it.
       batch_size: samples encoded at a time; a smaller rest is filled up, so that one shape is compiled.
 
     Raises:
@@ -55,19 +58,19 @@ def encoder_features(model: Encoder, *, kind: str = FUSED, batch_size: int = BAT
         for start in range(0, len(samples), batch_size):
             batch = list(samples[start : start + batch_size])
             output = model.encode(batch + [batch[-1]] * (batch_size - len(batch)))
-            rows.append(_pooled(output, kind)[: len(batch)])
+            rows.append(_pooled(output, kind, level)[: len(batch)])
         return np.concatenate(rows)
 
     return extract
 
 
-def _pooled(output: Mapping[str, Any], kind: str) -> Float[np.ndarray, "b d"]:
+def _pooled(output: Mapping[str, Any], kind: str, level: str) -> Float[np.ndarray, "b d"]:
     if kind == FUSED:
         return np.asarray(output["pooled"], np.float32)
-    if kind not in output["encoder"]:
-        raise UserError(f"--modality={kind}: the data set has no {kind} images; it has {', '.join(output['encoder'])}")
-    features = np.asarray(output["encoder"][kind], np.float32)
-    valid = np.asarray(output["encoder_valid"][kind], np.float32)
+    if kind not in output[level]:
+        raise UserError(f"--modality={kind}: the data set has no {kind} images; it has {', '.join(output[level])}")
+    features = np.asarray(output[level][kind], np.float32)
+    valid = np.asarray(output[f"{level}_valid"][kind], np.float32)
     total = np.einsum("bthwd,bthw->bd", features, valid)
     return total / np.maximum(valid.sum((1, 2, 3)), 1)[:, None]
 

@@ -41,6 +41,7 @@ class Loader:
     Attributes:
       position: samples of the global order that were yielded to all processes together; what a checkpoint keeps.
       sizes: records of each source.
+      tokenizer: of the captions; None where the model has no text tower.
       bad: name of each bad record that was met -> reason.
       types: modality -> the type of its values in a batch: the widest that a source stores.
     """
@@ -74,6 +75,7 @@ class Loader:
         self._plan: Plan = plan_views(config.data, config.model, self.types)
         self.sizes = [len(source) for source in sources]
         self._texts = Texts(config.data.text, config.model, config.seed) if config.model.get("text") else None
+        self.tokenizer = None if self._texts is None else self._texts.tokenizer
         self._records, self._read = sum(self.sizes), 0
         self._lock = threading.Lock()
 

@@ -39,7 +39,7 @@ FOLDER = "checkpoints"
 # Config keys that a resumed run may change: they touch neither the state's shape nor what the steps mean.
 FREE_KEYS = (
     r"steps|(log|checkpoint|eval|watchdog|mesh)\..*|mesh_rules|model\.(remat|scan|fusion\.parts)|data\.(threads|prefetch)"
-    r"|objective\.(rank|spread)_alarm"
+    r"|objective\.(rank|spread)_alarm|data\.text\.tokenizer"  # loop.py compares the tokenizer itself
 )
 
 

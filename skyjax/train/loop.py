@@ -27,6 +27,8 @@ from skyjax import __version__
 from skyjax.config import to_json
 from skyjax.errors import UserError
 from skyjax.input.loader import Loader, device_batches
+from skyjax.input.tokenizer import FILE as TOKENIZER
+from skyjax.input.tokenizer import Tokenizer
 from skyjax.models.parameters import parts, show, table
 from skyjax.parallel import distributed, flops, topology
 from skyjax.parallel.mesh import make_mesh
@@ -214,7 +216,25 @@ def start(
     if jax.process_index() == 0:
         files = {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)}
         write_files(workdir, files)
+    keep_tokenizer(loader.tokenizer, workdir, notes)
     return restored[0] if restored else states.create(config, mesh), loader, notes
+
+
+def keep_tokenizer(tokenizer: Tokenizer | None, workdir: pathlib.Path, notes: checkpoint.Notes) -> None:
+    """Puts the tokenizer beside what is trained on it, and its digest into the notes.
+
+    Raises:
+      UserError: the run began with another one, to which its ids belong.
+    """
+    if tokenizer is None:
+        return
+    if notes.setdefault("tokenizer", tokenizer.digest) != tokenizer.digest:
+        raise UserError(
+            f'"{tokenizer.path}" is not the tokenizer that this run began with; that is "{workdir / TOKENIZER}": name'
+            " it in data.text.tokenizer"
+        )
+    if jax.process_index() == 0:
+        tokenizer.save(workdir / TOKENIZER)
 
 
 def jit_step(

@@ -14,10 +14,14 @@ import numpy as np
 
 from skyjax.input.device import normalize
 from skyjax.input.site import site_images
+from skyjax.input.tokenizer import FILE as TOKENIZER
+from skyjax.input.tokenizer import Tokenizer
 from skyjax.models import skysense
 from skyjax.models.listed import from_listed, to_listed
 from skyjax.sample import Sample
 from skyjax.train import checkpoint, weights
+from skyjax.train import state as states
+from skyjax.train.words import Words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Pretrained:
         model does not use are under "tensors"; None for an encoder of our own.
       data: what it was trained on: the config's list of sources, or words; None where unknown.
       licence: of the weights, in words; None where unknown.
+      words: the text side of a run that was trained with texts; None for others.
     """
 
     config: ml_collections.ConfigDict
@@ -44,6 +49,7 @@ class Pretrained:
     source: Mapping[str, Any] | None = None
     data: Any = None
     licence: str | None = None
+    words: Words | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -89,6 +95,11 @@ class Pretrained:
         wanted = {"teacher": {"encoder": read(skysense.init)}}
         if config.model.get("prototypes") is not None:
             wanted["prototypes"] = read(skysense.init_prototypes)
+        if config.model.get("text"):
+            whole = states.abstract(config)["teacher"]
+            told = {part: whole[part] for part in ("text", "decoder") if part in whole}
+            told["heads"] = {name: head for name, head in whole["heads"].items() if name == "image_text"}
+            wanted["teacher"] |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), told)
         state = checkpoint.load(found, wanted, partial=True)
         return cls(
             config=config,
@@ -97,6 +108,7 @@ class Pretrained:
             step=notes["step"],
             prototypes=state.get("prototypes"),
             data=[list(source) for source in config.get("data", {}).get("sources", ())] or None,
+            words=_words(found, config, state["teacher"]) if config.model.get("text") else None,
         )
 
     def listed(self) -> dict[str, np.ndarray]:
@@ -134,6 +146,14 @@ class Pretrained:
         lonlat = np.stack([sample.lonlat for sample in samples]).astype(np.float32)
         encoder = _compiled(json.dumps(self.config.model.to_dict(), sort_keys=True))
         return jax.tree.map(np.asarray, encoder(self.params, images, tables, lonlat, self.prototypes))
+
+
+def _words(found: pathlib.Path, config: ml_collections.ConfigDict, teacher: Mapping[str, Any]) -> Words:
+    """The text side; the run's own tokenizer lies two folders above a checkpoint."""
+    own = found.parent.parent / TOKENIZER
+    tokenizer = Tokenizer(own if own.is_file() else config.data.text.tokenizer)
+    towers = {name: teacher[name] for name in ("text", "decoder") if name in teacher}
+    return Words(config, towers, teacher["heads"].get("image_text", {}), tokenizer)
 
 
 @functools.lru_cache(maxsize=8)
