@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import skyjax
 from skyjax.errors import UserError, nearest
 from skyjax.evals import blocks, linear, probe, series
 from skyjax.evals.blocks import METRICS, Pixels
-from skyjax.evals.bootstrap import PERCENTILES, RESAMPLES
+from skyjax.evals.bootstrap import RESAMPLES, paired, sentence, with_interval
 from skyjax.evals.features import FUSED, Encoder, untrained
 from skyjax.evals.probe import PRETRAINED, UNTRAINED
 from skyjax.evals.progress import track
@@ -115,7 +115,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         tables[name] = blocks.confusions(pixels, predicted[name], len(sites.classes))
         spent[name] = round(time.perf_counter() - start, 2)
     draws = {name: blocks.redraw(table, seed=options.seed) for name, table in tables.items()}
-    paired = _paired(tables, draws)
+    differences = paired(tables, draws, METRICS, PRETRAINED)
     truth = tables[PRETRAINED].sum(0)
     accuracy = next(iter(METRICS))
     return {
@@ -131,7 +131,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
             {
                 "features": name,
                 "method": metric,
-                **_interval(measure(tables[name].sum(0)), measure(draws[name])),
+                **with_interval(measure(tables[name].sum(0)), measure(draws[name])),
                 "chosen": chosen[name],
                 "dimension": features[name].shape[1],
                 "seconds": spent[name],
@@ -139,7 +139,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
             for metric, measure in METRICS.items()
             for name in features
         ],
-        "paired": paired,
+        "paired": differences,
         "per_class": {accuracy: dict(zip(sites.classes, probe.recalls(truth).tolist(), strict=True))},
         "confusion": truth.astype(int).tolist(),
         "confusion_of": accuracy,
@@ -147,8 +147,8 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
             name: {"dimension": rows.shape[1], "seconds": round(seconds[name], 2)} for name, rows in features.items()
         },
         "settings": _settings(model, options),
-        "maps": _maps(sites, pixels, predicted[PRETRAINED]),
-        "notes": [*sites.notes, *(_sentence(each) for each in paired if each["metric"] == accuracy)],
+        "maps": charts(sites.samples, sites.labels, pixels, predicted[PRETRAINED]),
+        "notes": [*sites.notes, *(sentence(each, PRETRAINED) for each in differences if each["metric"] == accuracy)],
     }
 
 
@@ -199,7 +199,7 @@ def _features(
     model: Encoder, fresh: Encoder, sites: Sites, pixels: Pixels, options: Options
 ) -> tuple[dict[str, Float[np.ndarray, "n d"]], dict[str, float]]:
     """Features -> a row a labelled pixel; and the seconds that each took."""
-    size = _view_size(model, sites.samples)
+    size = view_size(model, sites.samples)
     bands = {m: tuple(part.bands) for m, part in model.config.model.modalities.items() if m in size}
 
     @functools.lru_cache(maxsize=1)  # the trained and the untrained encoder see the same tiles
@@ -232,7 +232,7 @@ def _features(
     return features, seconds
 
 
-def _view_size(model: Encoder, samples: Sequence[Sample]) -> dict[str, int]:
+def view_size(model: Encoder, samples: Sequence[Sample]) -> dict[str, int]:
     """Modality -> pixels a side of the views that the model was trained on, of the modalities that the sites have."""
     present = {m for sample in samples for m, s in sample.sequences.items() if s.valid.any()}
     size = model.config.get("data", {}).get("global_views", {}).get("size", {})
@@ -299,36 +299,12 @@ def _sizes(pixels: Pixels, parts: Sequence[Parts]) -> dict[str, int]:
     return {"train": inner, "val": validation, "test": len(pixels.label)}
 
 
-def _interval(value: np.ndarray, draws: np.ndarray) -> dict[str, float]:
-    low, high = np.percentile(draws, PERCENTILES)
-    return {"accuracy": float(value), "low": float(low), "high": float(high)}
-
-
-def _paired(tables: Mapping[str, np.ndarray], draws: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-    found = []
-    for metric, measure in METRICS.items():
-        for name in tables:
-            if name == PRETRAINED:
-                continue
-            value = measure(tables[PRETRAINED].sum(0)) - measure(tables[name].sum(0))
-            about = _interval(value, measure(draws[PRETRAINED]) - measure(draws[name]))
-            found.append({"baseline": name, "metric": metric, "difference": about.pop("accuracy"), **about})
-    return found
-
-
-def _sentence(each: Mapping[str, Any]) -> str:
-    ends = f"{100 * each['low']:+.1f} to {100 * each['high']:+.1f}"
-    verdict = "" if each["low"] * each["high"] > 0 else ": not told apart"
-    return (
-        f"{PRETRAINED} minus {each['baseline']}, {each['metric']}: {100 * each['difference']:+.1f} points"
-        f" (95 % interval {ends}){verdict}"
-    )
-
-
-def _maps(sites: Sites, pixels: Pixels, predicted: Int[np.ndarray, "n"]) -> list[dict[str, Any]]:
+def charts(
+    samples: Sequence[Sample], labels: Sequence[np.ndarray], pixels: Pixels, predicted: Int[np.ndarray, "n"]
+) -> list[dict[str, Any]]:
     """True and said class numbers of the sites that have a map, -1 where there is no label."""
     found = []
-    for number, (sample, chart) in enumerate(zip(sites.samples, sites.labels, strict=True)):
+    for number, (sample, chart) in enumerate(zip(samples, labels, strict=True)):
         if chart.size == 1:
             continue
         said = np.full(chart.shape, -1)

@@ -27,7 +27,7 @@ import skyjax
 from skyjax.errors import UserError
 from skyjax.evals import bilinear, probe
 from skyjax.evals.baselines import fill, finite_mean, image_statistics
-from skyjax.evals.bootstrap import PERCENTILES, RESAMPLES
+from skyjax.evals.bootstrap import RESAMPLES, sentence, with_interval
 from skyjax.evals.features import FUSED, Encoder, untrained
 from skyjax.evals.probe import PRETRAINED, STATISTICS, UNTRAINED
 from skyjax.evals.progress import track
@@ -338,24 +338,14 @@ def _result(
         },
         "notes": [
             *asked.notes,
-            *(_sentence(each) for each in paired if each["baseline"] in (MAJORITY, QUESTION)),
+            *(sentence(each, PRETRAINED) for each in paired if each["baseline"] in (MAJORITY, QUESTION)),
         ],
     }
 
 
 def _interval(values: Float[np.ndarray, "r"], name: str) -> dict[str, float]:
-    """The value of the first draw, which has each image once, and the ends of the interval over the others."""
-    low, high = np.nanpercentile(values[1:], PERCENTILES)
-    return {name: float(values[0]), "low": float(low), "high": float(high)}
-
-
-def _sentence(each: Mapping[str, Any]) -> str:
-    ends = f"{100 * each['low']:+.1f} to {100 * each['high']:+.1f}"
-    verdict = "" if each["low"] * each["high"] > 0 else ": not told apart"
-    return (
-        f"{PRETRAINED} minus {each['baseline']}, {each['metric']}: {100 * each['difference']:+.1f} points"
-        f" ({ends}, paired by image){verdict}"
-    )
+    """The value of the first draw, which has each image once, with the interval of the others."""
+    return with_interval(values[0], values[1:], name)
 
 
 def _settings(model: Encoder, asked: QuestionSet, options: Options, dimension: int) -> dict[str, Any]:
