@@ -77,6 +77,13 @@ def _add_train(verbs: Any) -> None:
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from skyjax.train.preemption import Preemption
+
+    with Preemption():  # before the imports that take seconds; the loop has its own, which knows of the state
+        return _train_here(options, overrides)
+
+
+def _train_here(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.config import load_config
     from skyjax.evals.report import write_report
     from skyjax.train import loop

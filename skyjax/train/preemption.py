@@ -20,6 +20,7 @@ class Preemption:
     Before `something_to_save` was called, a request ends the process at once with 75: nothing is lost. After it,
     `requested` becomes true and the loop is to save and return 75; among several processes they first agree on the step
     (hosts.py). A second request ends the process at once with 143.
+    Where one is entered inside of another, the inner one watches until it is left.
     Entered from another thread than the main one it watches nothing, since only that one may set handlers.
     """
 
@@ -59,6 +60,6 @@ class Preemption:
                 os._exit(128 + signal.SIGTERM)
             self.requested = True
             if not self._something_to_save:
-                print("skyjax: SIGTERM before the first step: nothing to save", file=sys.stderr, flush=True)
+                print("skyjax: SIGTERM: nothing to save", file=sys.stderr, flush=True)
                 os._exit(EXIT_PREEMPTED)
             print("skyjax: SIGTERM: saving after this step", file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from test_checkpoint import CONFIG, abstract, biggest_file, make_config, make_state, save
 
+from skyjax.errors import UserError
 from skyjax.train import checkpoint, notes
 
 
@@ -37,27 +38,25 @@ def step_restored(folder, assert_same_bits):
 
 
 def harm(folder, newest, assert_same_bits, what):
-    """After `what` is done to a file of step `newest` and undone again: how often it was found."""
-    damaged = 0
+    """How many of the changes (file of step `newest`, what it then holds) were found; each is undone again."""
+    told = []
     for path, data in what:
         whole = path.read_bytes()
-        trial = folder.with_name(f"{folder.name}-trial")
-        shutil.rmtree(trial.parent / "checkpoints-trial", ignore_errors=True)
         path.write_bytes(data)
         try:
             state, found = checkpoint.load(folder / newest, abstract()), checkpoint.read_notes(folder / newest)
-        except checkpoint.UserError as error:
-            assert "is damaged" in str(error), (path, error)
-            damaged += 1
+        except UserError as error:
+            told.append(str(error))
         else:
             assert_same_bits(state, make_state(int(newest)))
-            assert found["position"] == 4 * int(newest), path
+            assert found["position"] == 4 * int(newest)
         path.write_bytes(whole)
-    return damaged
+    assert all("is damaged" in text for text in told)
+    return len(told)
 
 
 @pytest.mark.parametrize(
-    ("seed", "trials"), [(0, 80)] + [pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in (1, 2)]
+    ("seed", "trials"), [(0, 40)] + [pytest.param(seed, 1000, marks=pytest.mark.slow) for seed in (1, 2)]
 )
 def test_a_flipped_bit_anywhere_is_found_or_harmless(folder, seed, trials, assert_same_bits):
     rng = random.Random(seed)
@@ -189,8 +188,6 @@ def test_a_renamed_checkpoint_is_found(folder, assert_same_bits, caplog):
 
 def test_a_later_format_is_refused_and_stays(folder):
     tamper(folder / "5", format=3)
-    with pytest.raises(
-        notes.Refused, match=r'checkpoint: ".*5" is of format 3, written by skyjax of an unknown version'
-    ):
+    with pytest.raises(notes.Refused, match=r'checkpoint: ".*5" is of format 3, written by skyjax of an unknown'):
         checkpoint.restore_newest(folder, abstract(), make_config())
     assert checkpoint.steps(folder) == [2, 5]

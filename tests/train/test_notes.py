@@ -84,7 +84,7 @@ def test_notes_come_back_from_json():
     "change", [{"position": 16}, {"config": {"a": 1e-05, "b": [1, 2.0]}}, {"seal": 5}, {"more": 1}, {"format": "2"}]
 )
 def test_notes_that_were_changed_are_seen(change):
-    with pytest.raises(ValueError, match="not what was written|its format is"):
+    with pytest.raises(ValueError, match=r"not what was written|its format is"):
         notes.unseal(notes.seal(NOTES, {}) | change)
 
 

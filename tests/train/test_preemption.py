@@ -1,5 +1,6 @@
 """SIGTERM and hangs, in processes of their own."""
 
+import pathlib
 import signal
 import subprocess
 import sys
@@ -84,6 +85,47 @@ def test_a_second_one_ends_it_at_once(start):
     assert process.stdout.readline() == "saving\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 143
+
+
+def catches_sigterm(process):
+    """As the kernel tells it."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    mask = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(mask.split()[1], 16) & 1 << (signal.SIGTERM - 1))
+
+
+def test_the_command_listens_before_it_imports_jax(start, tmp_path):
+    code = "import sys; from skyjax.cli import main; sys.exit(main())"
+    config = pathlib.Path(__file__).parents[2] / "configs" / "pretrain_sample.py"
+    process = start(code, "train", f"--config={config}", f"--workdir={tmp_path / 'run'}")
+    deadline = time.monotonic() + 30
+    while not catches_sigterm(process):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert "jaxlib" not in pathlib.Path(f"/proc/{process.pid}/maps").read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 75
+    assert process.stderr.read() == "skyjax: SIGTERM: nothing to save\n"
+
+
+def test_one_inside_of_another_hands_over(start):
+    """The inner one saves; when it is left, the outer one ends the process at once."""
+    code = """
+import os, signal, time
+from skyjax.train.preemption import Preemption
+with Preemption():
+    with Preemption() as inner:
+        inner.something_to_save()
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not inner.requested:
+            time.sleep(0.01)
+    print("saved", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+    process = start(code)
+    assert process.wait(timeout=10) == 75
+    assert process.stdout.read() == "saved\n"
 
 
 def test_watchdog_prints_stacks_and_exits(start):
