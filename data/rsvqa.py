@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from skyjax.errors import BadRecord, UserError
-from skyjax.input.build import FileSamples
+from skyjax.input.build import FileSamples, list_files
 from skyjax.input.images import read_image
 from skyjax.sample import Sample, make_sequence
 
@@ -42,7 +42,7 @@ BANDS = ("red", "green", "blue")
 def samples(folder: pathlib.Path, part: str) -> Iterator[Sample]:
     """One sample an image of a split that has a question."""
     about, asked = _about(folder), _questions(folder)
-    files = {file.stem: file for file in sorted((folder / "images").iterdir())}
+    files = {file.stem: file for file in list_files(folder / "images", "*")}
     chosen = sorted((key for key, each in about.items() if each.get("split") == part and key in asked), key=_number)
     absent = sorted(set(chosen) - set(files))
     if absent:
@@ -69,7 +69,10 @@ def _image(file: pathlib.Path, about: Mapping[str, Any], texts: Sequence[str], s
 
 @functools.cache
 def _about(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    return json.loads(_read(folder / "images.json"))
+    try:
+        return json.loads(_read(folder / "images.json"))
+    except ValueError as error:
+        raise UserError(f'"{folder / "images.json"}" is not JSON: {error}') from error
 
 
 @functools.cache

@@ -13,36 +13,31 @@ the threshold are chosen by F1 on a quarter of the blocks that train, with the s
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import scipy.ndimage
 from jaxtyping import Float, Int
 
 import skyjax
-from skyjax.errors import UserError, nearest
-from skyjax.evals import blocks, linear, probe, segmentation, series
+from skyjax.errors import UserError
+from skyjax.evals import blocks, linear, pairs, probe, segmentation
 from skyjax.evals.blocks import Pixels
 from skyjax.evals.bootstrap import RESAMPLES, paired, sentence, with_interval
 from skyjax.evals.features import FUSED, Encoder, untrained
+from skyjax.evals.pairs import CLASSES, Cells, Site
 from skyjax.evals.probe import PRETRAINED, UNTRAINED
 from skyjax.evals.progress import track
-from skyjax.input.records import RecordSource
-from skyjax.sample import Sample
-from skyjax.sample import Sequence as Images
-from skyjax.sensors import get_sensor
 
 TASK = "change"
 VALUES, AROUND = "difference of pixel values", "difference of means around a pixel"
 EVERYTHING = "everything changed"
-CLASSES = ("unchanged", "changed")
 INVERSE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
 MOST_PIXELS, MOST_CHOOSING = 20_000, 100_000  # that train, and that C is chosen on; neighbours say the same
-_CELLS = 16  # features a side of a tile at most, and label pixels are as many times more
 _AROUND = 15  # pixels a side of a mean
 
 
@@ -65,28 +60,6 @@ class Options:
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """A site with its first and its last date alone, and its map: 1 changed, 0 not, -1 unknown."""
-
-    first: Sample
-    last: Sample
-    chart: Int[np.ndarray, "h w"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cells:
-    """Features of a site on a grid that may be coarser than its map; a pixel has those of the cell that it lies in."""
-
-    values: Float[np.ndarray, "H W f"]
-    shape: tuple[int, int]
-
-    def at(self, place: Int[np.ndarray, "n 2"]) -> Float[np.ndarray, "n f"]:
-        """The rows of pixels of the map."""
-        row, column = (place[:, i] * self.values.shape[i] // self.shape[i] for i in range(2))
-        return self.values[row, column]
-
-
 def run(checkpoint: str | pathlib.Path, dataset: str, **options: Any) -> dict[str, Any]:
     """Probes a checkpoint: a run's directory or one of its checkpoints. Options and result: `Options`, `compare`.
 
@@ -107,7 +80,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
     known = (FUSED, *model.config.model.modalities)
     if options.modality not in known:
         raise UserError(f"--modality={options.modality} is not in this checkpoint; it has {', '.join(known)}")
-    sites = open_pairs(options)
+    sites = pairs.open_pairs(options.dataset, options.label)
     pixels = blocks.labelled_pixels([site.chart for site in sites], block=options.block)
     fold = _folds(sites, pixels)
     features, seconds = _features(model, fresh, sites, options)
@@ -174,59 +147,6 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 
-# Sites
-
-
-def open_pairs(options: Options) -> list[Site]:
-    """The sites of a data set that have a map of changes and two dates of a modality.
-
-    Raises:
-      UserError: there is no such data set, label or site, or nothing changed anywhere.
-    """
-    source = RecordSource(options.dataset)
-    every = [source[i] for i in range(len(source))]
-    names = sorted({name for sample in every for name, value in sample.labels.items() if np.ndim(value) == 2})
-    label = options.label or (names[0] if len(names) == 1 else None)
-    if label not in names:
-        hint = f"; it has {', '.join(names)}" if names else ""
-        asked = f' "{label}"{nearest(label, names)}' if label else ""
-        raise UserError(f'"{options.dataset}" has no one map of labels{asked}{hint}; choose one by --label=NAME')
-    sites = []
-    for sample in every:
-        pairs = {m: pair for m, s in sample.sequences.items() if (pair := _first_and_last(s))}
-        if label not in sample.labels or not pairs:
-            continue
-        chart = np.asarray(sample.labels[label]).astype(int).clip(-1, 1)
-        for pair in pairs.values():
-            if pair[0].clear.shape[1:] == chart.shape:  # where a date shows nothing, nothing can be said
-                chart = np.where(pair[0].clear[0] & pair[1].clear[0], chart, -1)
-        first, last = (
-            dataclasses.replace(sample, sequences={m: pair[i] for m, pair in pairs.items()}) for i in range(2)
-        )
-        if (chart >= 0).any():
-            sites.append(Site(first, last, chart))
-    if not sites:
-        raise UserError(f'"{options.dataset}" has no site with a map "{label}" and two dates of one modality')
-    seen = np.unique(np.concatenate([site.chart[site.chart >= 0] for site in sites]))
-    if len(seen) < len(CLASSES):
-        raise UserError(f'"{options.dataset}": every pixel of "{label}" is {CLASSES[seen[0]]}; a probe needs both')
-    return sites
-
-
-def _first_and_last(sequence: Images) -> tuple[Images, Images] | None:
-    dates = np.flatnonzero(sequence.valid)
-    if len(dates) < 2:
-        return None
-    first, last = (
-        dataclasses.replace(
-            sequence,
-            **{name: getattr(sequence, name)[i : i + 1] for name in ("values", "days", "valid", "clear")},
-        )
-        for i in (dates[0], dates[-1])
-    )
-    return first, last
-
-
 def _folds(sites: Sequence[Site], pixels: Pixels) -> Int[np.ndarray, "n"]:
     """The fold of each pixel: its site, or where there is one site only that of its block."""
     if len(sites) > 1:
@@ -241,10 +161,10 @@ def _features(
     model: Encoder, fresh: Encoder, sites: Sequence[Site], options: Options
 ) -> tuple[dict[str, list[Cells]], dict[str, float]]:
     makers = {
-        PRETRAINED: lambda: _encoded(model, sites, options),
-        UNTRAINED: lambda: _encoded(fresh, sites, options),
-        VALUES: lambda: [_values(site, 1) for site in sites],
-        AROUND: lambda: [_values(site, _AROUND) for site in sites],
+        PRETRAINED: lambda: pairs.encoded(model, sites, kind=options.modality, block=options.block),
+        UNTRAINED: lambda: pairs.encoded(fresh, sites, kind=options.modality, block=options.block),
+        VALUES: lambda: [pairs.values(site, 1) for site in sites],
+        AROUND: lambda: [pairs.values(site, _AROUND) for site in sites],
     }
     features, seconds = {}, {}
     for name, make in makers.items():
@@ -252,45 +172,6 @@ def _features(
         features[name] = make()
         seconds[name] = time.perf_counter() - start
     return features, seconds
-
-
-def _encoded(model: Encoder, sites: Sequence[Site], options: Options) -> list[Cells]:
-    """Differences of the model's features, from tiles of the size of its training views."""
-    size = segmentation.view_size(model, [site.first for site in sites])
-    maps = []
-    for which in ("first", "last"):
-        samples = [getattr(site, which) for site in sites]
-        # The model's cells are coarser than pixels: a map of cells is made, not one of pixels.
-        every = max(1, max(size.values()) // _CELLS)
-        grids = [np.zeros([-(-side // every) for side in site.chart.shape], int) for site in sites]
-        found = list(series.tiles(samples, grids, block=max(1, options.block // every), size=size))
-        shapes = [(grid.shape[0], grid.shape[1]) for grid in grids]
-        maps.append(series.model_features(model, found, shapes, kind=options.modality))
-    return [_difference(first, last, site) for first, last, site in zip(maps[0], maps[1], sites, strict=True)]
-
-
-def _values(site: Site, side: int) -> Cells:
-    """Differences of each band, in units of the sensor's spread, of means over `side` x `side` pixels.
-
-    Each modality is brought to the map by repeating its pixels.
-    """
-    dates = []
-    for sample in (site.first, site.last):
-        bands = []
-        for sequence in sample.sequences.values():
-            sensor = get_sensor(sequence.sensor)
-            std = np.array([sensor.bands[sensor.index(band)].std for band in sequence.bands], np.float32)
-            values = np.nan_to_num(sequence.values[0].astype(np.float32)) / std
-            values = scipy.ndimage.uniform_filter(values, (side, side, 0), mode="nearest") if side > 1 else values
-            place = np.argwhere(np.ones(site.chart.shape, bool))
-            bands.append(Cells(values, site.chart.shape).at(place).reshape(*site.chart.shape, -1))
-        dates.append(np.concatenate(bands, axis=-1))
-    return _difference(dates[0], dates[1], site)
-
-
-def _difference(first: np.ndarray, last: np.ndarray, site: Site) -> Cells:
-    change = last - first
-    return Cells(np.concatenate([change, np.abs(change)], axis=-1, dtype=np.float32), site.chart.shape)
 
 
 # Probe
@@ -305,38 +186,64 @@ def _test_all(
     chosen = []
     for test in np.unique(fold):
         train = np.flatnonzero(fold != test)
-        penalty, threshold = _choose(cells, pixels, train, rng)
-        normalise, weights = _fit(cells, pixels, _balanced(train, pixels, rng), [penalty])
-        chosen.append(penalty)
+        fit = _choose(cells, pixels, train, rng)
+        chosen.append(fit.penalty)
         for site in range(len(cells)):  # a site at a time: all pixels at once would fill the memory
             here = np.flatnonzero((fold == test) & (pixels.site == site))
             if len(here):
-                said[here] = _score(normalise(cells[site].at(pixels.place[here])), weights)[0] > threshold
+                said[here] = fit.score(cells[site].at(pixels.place[here])) > fit.threshold
     return said, float(np.median(chosen))
 
 
-def _choose(
-    cells: Sequence[Cells], pixels: Pixels, train: Int[np.ndarray, "m"], rng: np.random.Generator
-) -> tuple[float, float]:
-    """C and the threshold with the highest F1 on the blocks held out; on all, where one of the parts has one class."""
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A fitted probe: (n, f) -> the log of the odds of a change (n,); the threshold on it; its C."""
+
+    score: Callable[[Float[np.ndarray, "n f"]], Float[np.ndarray, "n"]]
+    threshold: float
+    penalty: float
+
+
+def _choose(cells: Sequence[Cells], pixels: Pixels, train: Int[np.ndarray, "m"], rng: np.random.Generator) -> Fit:
+    """The C and the threshold with the highest F1 on the blocks held out; on all, where one of the parts has one class.
+
+    It is not fitted again on all that trains: a threshold is of one fit.
+    """
     held_out = _dealt(pixels, train)[pixels.block[train]] == 0
     inner, outer = train[~held_out], train[held_out]
     if any(len(np.unique(pixels.label[part])) < len(CLASSES) for part in (inner, outer)):
         inner = outer = train
     outer = _some(outer, MOST_CHOOSING, rng)
-    normalise, weights = _fit(cells, pixels, _balanced(inner, pixels, rng), INVERSE_PENALTIES)
-    scores, labels = _score(normalise(_rows(cells, pixels, outer)), weights), pixels.label[outer]
-    best = (-1.0, INVERSE_PENALTIES[0], 0.0)
-    for penalty, each in zip(INVERSE_PENALTIES, scores, strict=True):
-        order = np.argsort(-each, kind="stable")
-        hits = np.cumsum(labels[order])
-        values = 2 * hits / (np.arange(1, len(order) + 1) + labels.sum())  # F1 where the first ones are said to change
-        last = np.append(np.diff(each[order]) != 0, True)  # of equal scores, all or none
-        number = int(np.where(last, values, -1).argmax())
-        below = each[order[number + 1]] if number + 1 < len(order) else each[order[number]] - 1
-        threshold = float((each[order[number]] + below) / 2)
-        best = max(best, (float(values[number]), penalty, threshold), key=lambda found: found[0])
-    return best[1], best[2]
+    rows = _rows(cells, pixels, which := _balanced(inner, pixels, rng))
+    normalise = linear.standardiser(rows)
+    path = linear.logistic_path(normalise(rows), pixels.label[which], INVERSE_PENALTIES, num_classes=len(CLASSES))
+    tested, labels = _rows(cells, pixels, outer), pixels.label[outer]
+    best, most = None, -1.0
+    for penalty, weights in zip(INVERSE_PENALTIES, path, strict=True):
+        score = functools.partial(_score, normalise=normalise, weights=weights[:, 1] - weights[:, 0])
+        threshold, value = best_threshold(score(tested), labels)
+        if value > most:
+            best, most = Fit(score, threshold, penalty), value
+    assert best is not None
+    return best
+
+
+def _score(
+    rows: Float[np.ndarray, "n f"], normalise: Callable[[np.ndarray], np.ndarray], weights: Float[np.ndarray, "f+1"]
+) -> Float[np.ndarray, "n"]:
+    return normalise(rows) @ weights[:-1] + weights[-1]
+
+
+def best_threshold(scores: Float[np.ndarray, "n"], labels: Int[np.ndarray, "n"]) -> tuple[float, float]:
+    """The threshold above which calling a change gives the highest F1, half way between two scores, and that F1."""
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    hits = np.cumsum(labels[order])
+    values = 2 * hits / (np.arange(1, len(order) + 1) + labels.sum())  # where the first ones are said to change
+    last = np.append(np.diff(ranked) != 0, True)  # of equal scores, all or none
+    number = int(np.where(last, values, -1).argmax())
+    below = ranked[number + 1] if number + 1 < len(ranked) else ranked[number] - 1
+    return float((ranked[number] + below) / 2), float(values[number])
 
 
 def _dealt(pixels: Pixels, which: Int[np.ndarray, "m"]) -> Int[np.ndarray, "blocks"]:
@@ -356,21 +263,6 @@ def _balanced(which: Int[np.ndarray, "m"], pixels: Pixels, rng: np.random.Genera
 
 def _some(which: Int[np.ndarray, "m"], most: int, rng: np.random.Generator) -> Int[np.ndarray, "k"]:
     return np.sort(rng.choice(which, most, replace=False)) if len(which) > most else which
-
-
-def _fit(
-    cells: Sequence[Cells], pixels: Pixels, which: Int[np.ndarray, "m"], penalties: Sequence[float]
-) -> tuple[Callable[[np.ndarray], np.ndarray], Float[np.ndarray, "p f+1 2"]]:
-    """How rows are standardised, and the weights for each C."""
-    rows = _rows(cells, pixels, which)
-    normalise = linear.standardiser(rows)
-    return normalise, linear.logistic_path(normalise(rows), pixels.label[which], penalties, num_classes=len(CLASSES))
-
-
-def _score(rows: Float[np.ndarray, "n f"], weights: Float[np.ndarray, "p f+1 2"]) -> Float[np.ndarray, "p n"]:
-    """The log of the odds of a change."""
-    change = weights[..., 1] - weights[..., 0]
-    return (rows @ change[:, :-1].T + change[:, -1]).T
 
 
 def _rows(cells: Sequence[Cells], pixels: Pixels, which: Int[np.ndarray, "m"]) -> Float[np.ndarray, "m f"]:
