@@ -1,5 +1,6 @@
 """What many tests share: the pretrain_sample config shrunk to a size that compiles in seconds, and records for it."""
 
+import dataclasses
 import functools
 import pathlib
 
@@ -108,6 +109,21 @@ def sample_records(tmp_path_factory):
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("records") / "random"
     records.write([random_sample(rng, number) for number in range(24)], folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def more_records(sample_records, tmp_path_factory):
+    """A folder of other samples, none of which has SAR."""
+    found = [sample for sample in records.RecordSource(sample_records) if "multispectral" in sample.sequences][10:]
+    folder = tmp_path_factory.mktemp("records") / "without SAR"
+    records.write(
+        [
+            dataclasses.replace(sample, sequences={"multispectral": sample.sequences["multispectral"]})
+            for sample in found
+        ],
+        folder,
+    )
     return folder
 
 

@@ -45,16 +45,27 @@ def _quick_compilation(compile_cache):
 
 
 @pytest.fixture(scope="session")
-def config(tiny_config):
-    """Two modalities and geo-prototypes, 30 steps of 8 samples; what a resumed run may change needs no compiling."""
-    return tiny_config(
+def config(tiny_config, sample_records, more_records):
+    """Two modalities and geo-prototypes, 30 steps of 8 samples; what a resumed run may change needs no compiling.
+
+    What could make a run differ from another is on: a mixture of sources with different modalities, threads that read
+    ahead, gradient accumulation, dropping of dates and modalities, drop path.
+    """
+    config = tiny_config(
         modalities=("multispectral", "sar"),
         steps=STEPS,
         batch_size=8,
+        micro_batches=2,
         checkpoint__every=10,
+        data__threads=2,
+        data__prefetch=2,
         data__local_views__count=0,
         model__prototypes=PROTOTYPES | {"frozen": False},
     )
+    with config.unlocked():
+        config.data.sources = ((str(sample_records), 0.7), (str(more_records), 0.3))
+    assert min(config.data.augment.drop_modality, config.data.augment.drop_date, config.model.drop_path) > 0
+    return config
 
 
 @pytest.fixture(scope="package")

@@ -196,6 +196,40 @@ def test_no_space_while_writing_is_told(tmp_path):
     assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == []
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
+    """200 MB: when `save` returns it is not on the disk yet, the state may be given away, and what is kept is the old.
+
+    At most one is on its way, so that the host holds one copy: the second call returns when the first is there.
+    """
+    rng = np.random.default_rng(0)
+    whole = rng.integers(0, 2**32, 50_000_000, np.uint32).view(np.float32)  # does not compress
+    step = jax.jit(lambda x: jax.lax.bitcast_convert_type(~jax.lax.bitcast_convert_type(x, jnp.uint32), jnp.float32),
+                   donate_argnums=0)  # fmt: skip
+    values, folder, here = jax.device_put(whole), tmp_path / checkpoint.FOLDER, abstract()["step"].sharding
+    step, went_on = step.lower(values).compile(), []
+
+    def saved():
+        return checkpoint.steps(folder)
+
+    with checkpoint.CheckpointWriter(tmp_path, types.SimpleNamespace(keep=9, keep_every=0)) as writer:
+        for number in (1, 2, 3):
+            state = make_state(number) | {"params": {"kernel": values}}
+            writer.save(state, {"step": number, "position": 4 * number, "config": CONFIG, "statistics": {}})
+            seen = saved()
+            assert seen == list(range(1, number)), "each save waits for the one before it, and for no other"
+            del state
+            values = jax.block_until_ready(step(values))  # in place, where nobody else holds the buffer
+            went_on.append(saved() == seen)
+        writer.wait()
+        assert saved() == [1, 2, 3]
+    assert any(went_on), "no step was done while a checkpoint was on its way"
+    for number in (1, 2, 3):
+        wanted = {"params": {"kernel": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=here)}}
+        got = checkpoint.load(folder / str(number), wanted, partial=True)["params"]["kernel"]
+        words = np.asarray(got).view(np.uint32)
+        np.testing.assert_array_equal(words, whole.view(np.uint32) if number % 2 else ~whole.view(np.uint32))
+
+
 def test_notes_are_json_that_others_can_read(folder):
     notes = json.loads((folder / "5" / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     assert notes["position"] == 20
