@@ -165,7 +165,7 @@ class Words:
             one = slice(i, i + 1)
             sharpness = self.config.objective.text.words.sharpness
             attention, _ = attend(regions[one], there[one], vectors[one], sharpness)
-            pieces = [self.tokenizer.decode([[number]])[0] for number in tokens[i][present[i]]]
+            pieces = [self.tokenizer.decode(np.array([[number]]))[0] for number in tokens[i][present[i]]]
             shares = np.asarray(attention[0, 0, : int(present[i].sum())]).reshape(-1, cells, cells)
             inner = slice(1, len(pieces) - 1)  # without bos and eos
             found.append((pieces[inner], shares[inner]))
