@@ -74,6 +74,9 @@ def test_what_is_missing_is_named(tmp_path, built):
     (folder / "images").mkdir(parents=True)
     (folder / "images.json").write_text(json.dumps({"7": {"split": "train"}}))
     (folder / "qa.jsonl").write_text('{"img_id": 7, "type": "count", "question": "How many?", "answer": "3"}\n')
+    with pytest.raises(UserError, match="images. holds no"):
+        build(DATA / "rsvqa.py", folder, tmp_path / "out")
+    (folder / "images" / "8.png").write_bytes(b"")
     with pytest.raises(UserError, match="lacks the image of 1 entries"):
         build(DATA / "rsvqa.py", folder, tmp_path / "out")
     other = tmp_path / "half"
@@ -82,7 +85,7 @@ def test_what_is_missing_is_named(tmp_path, built):
     with pytest.raises(UserError, match="is not JSON"):
         build(DATA / "rsvqa.py", other, tmp_path / "out")
     other = tmp_path / "rest"
-    (other / "images").mkdir(parents=True)
+    other.mkdir()
     (other / "images.json").write_text("{}")
     (other / "qa.jsonl").write_text('{"img_id": 7}\n')
     with pytest.raises(UserError, match="line 1, is not a question"):
