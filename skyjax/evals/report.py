@@ -195,6 +195,9 @@ def _notices(run: Run) -> list[str]:
     skipped = run.metrics.last("skipped") or 0
     if skipped:
         found.append(f"{skipped:g} of {run.step:,} steps were skipped because loss or gradient was not finite.")
+    bad = run.metrics.last("bad_samples") or 0
+    if bad:
+        found.append(f"{bad:,.0f} places in the batches stayed empty: their record could not be read (see stderr).")
     if any(
         run.metrics.columns[name][-1:] != run.metrics.columns[name][-1:]
         for name in ("loss",) & run.metrics.columns.keys()

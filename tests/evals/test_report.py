@@ -94,6 +94,7 @@ def lines(steps=60):
             "gradient_norm": 2.0,
             "samples_per_second": None if step == 5 else 40.0,
             "skipped": int(step >= 40),
+            "bad_samples": 3 * (step >= 50),
             "teacher_momentum": 0.99,
             "seconds": 61.0 * step,
         }
@@ -151,6 +152,7 @@ def test_a_finished_run_has_every_section(page):
     assert "The run finished all 60 steps (240 samples, optical, multispectral, SAR)" in text
     assert "reaches 84.7 % (95 % interval 83.6–85.8), clearly better than the best baseline, image statistics" in text
     assert "1 of 60 steps were skipped" in text
+    assert "3 places in the batches stayed empty: their record could not be read" in text
     assert "The effective rank of fused fell to 1.5 at step 20, below the alarm line of 2, and rose again" in text
     for title in (
         "Pixel level",
