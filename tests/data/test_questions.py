@@ -74,7 +74,7 @@ def test_what_is_missing_is_named(tmp_path, built):
     (folder / "images").mkdir(parents=True)
     (folder / "images.json").write_text(json.dumps({"7": {"split": "train"}}))
     (folder / "qa.jsonl").write_text('{"img_id": 7, "type": "count", "question": "How many?", "answer": "3"}\n')
-    with pytest.raises(UserError, match="images. holds no"):
+    with pytest.raises(UserError, match='images" holds no'):
         build(DATA / "rsvqa.py", folder, tmp_path / "out")
     (folder / "images" / "8.png").write_bytes(b"")
     with pytest.raises(UserError, match="lacks the image of 1 entries"):
