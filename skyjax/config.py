@@ -142,18 +142,31 @@ def _parse(key: str, text: str, old: Any) -> Any:
         return text
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two: brackets without end
         value = text
-    if isinstance(old, bool) or old is None:
-        fits = old is None or isinstance(value, bool)
-    elif isinstance(old, float):
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        value = float(value) if fits else value
-    elif isinstance(old, tuple | list):
+    if isinstance(old, tuple | list):
         value = tuple(value) if isinstance(value, tuple | list) else (value,)
-        fits = True
-    else:
-        fits = type(value) is type(old)
-    if not fits:
-        raise UserError(f'config: "{key}" is a {type(old).__name__} ({old!r}); "{text}" is not')
-    return value
+    if not _fits(value, old):
+        raise UserError(f'config: "{key}" is a {type(old).__name__} ({_short(old)}); "{_short(text)}" is not')
+    return float(value) if isinstance(old, float) else value
+
+
+def _fits(value: Any, old: Any) -> bool:
+    """Whether a value may stand where `old` stands; a list's elements are like those at their places, or like any."""
+    if old is None:
+        return True
+    if isinstance(old, float):
+        # Whole numbers are as good, but for those that no float holds.
+        return isinstance(value, float) or (type(value) is int and abs(value) < 2**53)
+    if not isinstance(old, tuple | list):
+        return type(value) is type(old) and (not isinstance(value, int) or abs(value) < 2**63)
+    if not isinstance(value, tuple | list):
+        return False
+    if len(value) == len(old) and all(map(_fits, value, old)):
+        return True
+    return not old or all(any(_fits(each, one) for one in old) for each in value)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:76]} ..."

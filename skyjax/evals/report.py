@@ -53,7 +53,10 @@ class Run:
     @property
     def folders(self) -> list[str]:
         """The data sets that it was trained on."""
-        return [str(source[0]) for source in self.config.get("data", {}).get("sources", ())]
+        try:
+            return [str(source[0]) for source in self.config.get("data", {}).get("sources", ())]
+        except (AttributeError, TypeError, LookupError):  # a stranger's config.json
+            return []
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
@@ -85,7 +88,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     ]
     page = string.Template(TEMPLATE.read_text()).substitute(
         title=escape(workdir.resolve().name),
-        header=_header(run),
+        header=_tried("header", lambda: _header(run)),
         links="".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections),
         sections="".join(_section(key, title, make) for key, title, make in sections),
     )
@@ -107,12 +110,15 @@ def _read_object(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _section(key: str, title: str, make: Callable[[], str]) -> str:
+    return f'<section id="{key}"><h2>{escape(title)}</h2>{_tried(title, make)}</section>'
+
+
+def _tried(title: str, make: Callable[[], str]) -> str:
     try:
-        body = make()
+        return make()
     except Exception as error:  # a report that fails would spoil a finished run
         logging.getLogger(__name__).warning("report: %s: %s", title, error, exc_info=True)
-        body = _gone(f"This part could not be made: {error}")
-    return f'<section id="{key}"><h2>{escape(title)}</h2>{body}</section>'
+        return _gone(f"This part could not be made: {error}")
 
 
 def _gone(sentence: str) -> str:

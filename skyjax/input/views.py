@@ -139,8 +139,8 @@ def plan_views(data: ml_collections.ConfigDict, model: ml_collections.ConfigDict
                     f" = {data.dates[name]} of which they are drawn; set it to that or less"
                 )
     augment = data.augment
-    if augment.date_jitter < 0:
-        raise UserError(f"config: data.augment.date_jitter is {augment.date_jitter}; set it to 0 days or more")
+    if not 0 <= augment.date_jitter <= 366:
+        raise UserError(f"config: data.augment.date_jitter is {augment.date_jitter}; set it between 0 and 366 days")
     for key in ("drop_date", "drop_modality"):
         if not 0 <= augment[key] <= 1:
             raise UserError(f"config: data.augment.{key} is {augment[key]}; a probability lies between 0 and 1")
@@ -187,9 +187,9 @@ def _views(
             if not isinstance(found, int) or found < 1:
                 raise UserError(f"config: data.{key}.{modality} is {found}; set it to 1 or more {what}")
     area = config.area
-    if area is not None and not (len(area) == 2 and 0 < area[0] <= area[1] <= 1):
+    if area is not None and not (isinstance(area, tuple | list) and len(area) == 2 and 0 < area[0] <= area[1] <= 1):
         raise UserError(
-            f"config: data.{name}.area is {tuple(area)}; set two shares of the site, 0 < smallest <= largest <= 1,"
+            f"config: data.{name}.area is {area}; set two shares of the site, 0 < smallest <= largest <= 1,"
             " or None for native scale"
         )
     return Views(

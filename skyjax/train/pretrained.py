@@ -12,6 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from skyjax.errors import UserError
 from skyjax.input.device import normalize
 from skyjax.input.site import site_images
 from skyjax.input.tokenizer import FILE as TOKENIZER
@@ -85,27 +86,32 @@ class Pretrained:
     @classmethod
     def _of_checkpoint(cls, found: pathlib.Path) -> Self:
         notes = checkpoint.read_notes(found)
-        config = ml_collections.ConfigDict(notes["config"]).lock()
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def read(part: Callable[[Any, jax.Array], Any]) -> Any:
             shapes = jax.eval_shape(lambda key: part(config.model, key), jax.random.key(0))
             return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
 
-        wanted = {"teacher": {"encoder": read(skysense.init)}}
-        if config.model.get("prototypes") is not None:
-            wanted["prototypes"] = read(skysense.init_prototypes)
-        if config.model.get("text"):
-            whole = states.abstract(config)["teacher"]
-            told = {part: whole[part] for part in ("text", "decoder") if part in whole}
-            told["heads"] = {name: head for name, head in whole["heads"].items() if name == "image_text"}
-            wanted["teacher"] |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), told)
+        try:  # they may be a stranger's, and say what they like
+            config = ml_collections.ConfigDict(notes["config"]).lock()
+            step, statistics = int(notes["step"]), weights.check_statistics(notes["statistics"])
+            wanted = {"teacher": {"encoder": read(skysense.init)}}
+            if config.model.get("prototypes") is not None:
+                wanted["prototypes"] = read(skysense.init_prototypes)
+            if config.model.get("text"):
+                whole = states.abstract(config)["teacher"]
+                told = {part: whole[part] for part in ("text", "decoder") if part in whole}
+                told["heads"] = {name: head for name, head in whole["heads"].items() if name == "image_text"}
+                wanted["teacher"] |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), told)
+        except Exception as error:  # models know nothing of configs and raise what they like
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise UserError(f'checkpoint: "{found}": its notes describe no model: {reason[:200]}') from error
         state = checkpoint.load(found, wanted, partial=True)
         return cls(
             config=config,
             params=state["teacher"]["encoder"],
-            statistics=notes["statistics"],
-            step=notes["step"],
+            statistics=statistics,
+            step=step,
             prototypes=state.get("prototypes"),
             data=[list(source) for source in config.get("data", {}).get("sources", ())] or None,
             words=_words(found, config, state["teacher"]) if config.model.get("text") else None,

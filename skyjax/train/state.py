@@ -73,8 +73,11 @@ def abstract(config: ml_collections.ConfigDict) -> State:
     """
     try:
         return jax.eval_shape(lambda key: init(config, key), jax.random.key(config.seed))
-    except ValueError as error:  # models say it so, since they know nothing of configs
-        raise UserError(f"config: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # models know nothing of configs, and JAX refuses sizes in many ways
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"config: {reason[:300]}") from error
 
 
 def create(config: ml_collections.ConfigDict, mesh: Mesh) -> State:

@@ -101,7 +101,15 @@ def load(folder: pathlib.Path) -> Weights:
       UserError: a file is missing, damaged, of a newer format, or holds other parameters than the config asks for.
     """
     notes = _read_notes(folder / NOTES)
-    config = ml_collections.ConfigDict(notes["config"]).lock()
+    try:
+        config = ml_collections.ConfigDict(notes["config"]).lock()
+        statistics = check_statistics(notes["statistics"])
+        if not isinstance(config.model, ml_collections.ConfigDict):
+            raise ValueError("its model is no group of values")
+        if not isinstance(notes.get("step", 0), int) or not isinstance(notes.get("source") or {}, dict):
+            raise ValueError("step or source is of another kind")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f'"{folder / NOTES}" is not what was written: {error}; copy it anew') from error
     tensors = read_safetensors(folder / WEIGHTS)
     table = tensors.pop(TABLE, None)
     check(tensors, table, config.model, folder / WEIGHTS)
@@ -112,13 +120,29 @@ def load(folder: pathlib.Path) -> Weights:
     return Weights(
         tensors,
         config,
-        notes["statistics"],
+        statistics,
         notes.get("step", 0),
         table,
         source,
         notes.get("data"),
         notes.get("licence"),
     )
+
+
+def check_statistics(told: Any) -> dict[str, dict[str, Any]]:
+    """The statistics of notes, held to their form: they may be a stranger's.
+
+    Raises:
+      ValueError, TypeError, KeyError, AttributeError: they have another.
+    """
+    for modality, table in told.items():
+        names = [*table["sensors"], *table["bands"]]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{modality}: a sensor or a band has no name")
+        shape = len(table["sensors"]), len(table["bands"])
+        if any(np.array(table[name], np.float64).shape != shape for name in ("mean", "std")):
+            raise ValueError(f"{modality}: the statistics are not {shape[0]} x {shape[1]} numbers")
+    return dict(told)
 
 
 def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -233,8 +257,8 @@ def _zeros(model: str) -> dict[str, np.ndarray]:
     config = ml_collections.ConfigDict(json.loads(model))
     try:
         abstract = jax.eval_shape(lambda key: skysense.init(config, key), jax.random.key(0))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:  # models know nothing of configs
-        raise UserError(f"config: {error}") from error
+    except Exception as error:  # models know nothing of configs, and raise what they like
+        raise UserError(f"config: {str(error) or type(error).__name__}") from error
     return to_listed(jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract))
 
 
