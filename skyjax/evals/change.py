@@ -37,6 +37,7 @@ VALUES, AROUND = "difference of pixel values", "difference of means around a pix
 EVERYTHING = "everything changed"
 INVERSE_PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 FOLDS = 4
+MOST_MAPS, MAP_SIDE = 8, 128  # of the sites that are kept for the report
 MOST_PIXELS, MOST_CHOOSING = 20_000, 100_000  # that train, and that C is chosen on; neighbours say the same
 _AROUND = 15  # pixels a side of a mean
 
@@ -87,13 +88,15 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
     tables, said, chosen, spent = {}, {}, {}, {}
     for name, cells in track(list(features.items()), len(features), "probes: change"):
         start = time.perf_counter()
-        said[name], chosen[name] = _test_all(cells, pixels, fold, options)
+        said[name], fits = _test_all(cells, pixels, fold, options)
+        chosen[name] = float(np.median([fit.penalty for fit in fits]))
         tables[name] = blocks.confusions(pixels, said[name], len(CLASSES))
         spent[name] = round(time.perf_counter() - start, 2)
     tables[EVERYTHING] = _everything(tables)
     draws = {name: blocks.redraw(table, seed=options.seed) for name, table in tables.items()}
     differences = paired(tables, draws, METRICS, PRETRAINED)
     ours, truth = said[PRETRAINED], tables[PRETRAINED].sum(0)
+    maps = segmentation.charts([site.first for site in sites], [site.chart for site in sites], pixels, ours)
     sizes = {name: cells[0].values.shape[-1] for name, cells in features.items()} | {EVERYTHING: 0}
     return {
         "task": TASK,
@@ -102,7 +105,7 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         "label": options.label,
         "metric": "score",
         "classes": list(CLASSES),
-        "sizes": {"train": min(MOST_PIXELS, len(pixels.label)), "val": 0, "test": len(pixels.label)},
+        "sizes": {"train": round(np.mean([fit.pixels for fit in fits])), "val": 0, "test": len(pixels.label)},
         "blocks": pixels.blocks,
         "rows": [
             {
@@ -122,9 +125,17 @@ def compare(model: Encoder, fresh: Encoder, options: Options) -> dict[str, Any]:
         "confusion_of": "recall",
         "features": {name: {"dimension": sizes[name], "seconds": round(seconds.get(name, 0.0), 2)} for name in tables},
         "settings": _settings(model, sites, options),
-        "maps": segmentation.charts([site.first for site in sites], [site.chart for site in sites], pixels, ours),
+        "maps": [{name: _coarse(value) for name, value in each.items()} for each in maps[:MOST_MAPS]],
         "notes": [*_notes(sites, pixels), *(sentence(each, PRETRAINED) for each in differences)],
     }
+
+
+def _coarse(value: Any) -> Any:
+    """A map of at most MAP_SIDE pixels a side, by leaving some out; other values as they are."""
+    if not isinstance(value, list):
+        return value
+    step = -(-max(len(value), len(value[0])) // MAP_SIDE)
+    return [row[::step] for row in value[::step]]
 
 
 def f1(confusion: Float[np.ndarray, "*r 2 2"]) -> Float[np.ndarray, "*r"]:
@@ -177,31 +188,32 @@ def _features(
 # Probe
 
 
-def _test_all(
-    cells: Sequence[Cells], pixels: Pixels, fold: Int[np.ndarray, "n"], options: Options
-) -> tuple[Int[np.ndarray, "n"], float]:
-    """What is said of every pixel when its fold is tested, and the C chosen, the median over folds."""
-    rng = np.random.default_rng(options.seed)
-    said = np.zeros(len(fold), int)
-    chosen = []
-    for test in np.unique(fold):
-        train = np.flatnonzero(fold != test)
-        fit = _choose(cells, pixels, train, rng)
-        chosen.append(fit.penalty)
-        for site in range(len(cells)):  # a site at a time: all pixels at once would fill the memory
-            here = np.flatnonzero((fold == test) & (pixels.site == site))
-            if len(here):
-                said[here] = fit.score(cells[site].at(pixels.place[here])) > fit.threshold
-    return said, float(np.median(chosen))
-
-
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A fitted probe: (n, f) -> the log of the odds of a change (n,); the threshold on it; its C."""
+    """A fitted probe: (n, f) -> the log of the odds of a change (n,); the threshold on it; its C; pixels fitted on."""
 
     score: Callable[[Float[np.ndarray, "n f"]], Float[np.ndarray, "n"]]
     threshold: float
     penalty: float
+    pixels: int
+
+
+def _test_all(
+    cells: Sequence[Cells], pixels: Pixels, fold: Int[np.ndarray, "n"], options: Options
+) -> tuple[Int[np.ndarray, "n"], list[Fit]]:
+    """What is said of every pixel when its fold is tested, and the probe of each fold."""
+    rng = np.random.default_rng(options.seed)
+    said = np.zeros(len(fold), int)
+    fits = []
+    for test in np.unique(fold):
+        train = np.flatnonzero(fold != test)
+        fit = _choose(cells, pixels, train, rng)
+        fits.append(fit)
+        for site in range(len(cells)):  # a site at a time: all pixels at once would fill the memory
+            here = np.flatnonzero((fold == test) & (pixels.site == site))
+            if len(here):
+                said[here] = fit.score(cells[site].at(pixels.place[here])) > fit.threshold
+    return said, fits
 
 
 def _choose(cells: Sequence[Cells], pixels: Pixels, train: Int[np.ndarray, "m"], rng: np.random.Generator) -> Fit:
@@ -223,7 +235,7 @@ def _choose(cells: Sequence[Cells], pixels: Pixels, train: Int[np.ndarray, "m"],
         score = functools.partial(_score, normalise=normalise, weights=weights[:, 1] - weights[:, 0])
         threshold, value = best_threshold(score(tested), labels)
         if value > most:
-            best, most = Fit(score, threshold, penalty), value
+            best, most = Fit(score, threshold, penalty, len(which)), value
     assert best is not None
     return best
 

@@ -1,12 +1,15 @@
 import dataclasses
+import json
 
 import ml_collections
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+import skyjax
+from skyjax import cli
 from skyjax.errors import UserError
-from skyjax.evals import blocks, change, pairs, probe
+from skyjax.evals import blocks, change, pairs, probe, scores
 from skyjax.input import records
 from skyjax.sample import Sample, make_sequence
 
@@ -79,6 +82,21 @@ def test_f1_and_iou_against_loops():
     assert_allclose(change.iou(confusion), hit / either)
     assert change.f1(np.array([[9.0, 0], [0, 0]])) == 0
     assert change.iou(np.stack([confusion] * 3)).shape == (3,)
+
+
+def test_differences_are_the_last_date_minus_the_first(dataset):
+    sample = records.RecordSource(dataset)[1]
+    site = pairs.site_of(sample, "flooded")
+    first, last = sample.sequences["optical"].values.astype(float)
+    std = np.array([58.395, 57.12, 57.375])  # of sensors.toml, rgb
+    got = pairs.values(site, 1).at(np.argwhere(np.ones((SIDE, SIDE), bool))).reshape(SIDE, SIDE, 6)
+    assert_allclose(got[..., :3], (last - first) / std, atol=1e-5)
+    assert_allclose(got[..., 3:], np.abs(last - first) / std, atol=1e-5)
+    around = pairs.values(site, 5).values[20, 30]
+    assert_allclose(around[:3], (last - first)[18:23, 28:33].mean((0, 1)) / std, atol=1e-5)
+    rough = pairs.encoded(Texture(1.0), [site], kind="fused", block=16)[0].at(np.array([[21, 34]]))[0]
+    inside = np.s_[20:24, 32:36]
+    assert_allclose(rough[:3], last[inside].std((0, 1)) - first[inside].std((0, 1)), atol=1e-4)
 
 
 def test_features_that_see_the_change_find_it(result):
@@ -175,6 +193,24 @@ def test_result_is_what_table_and_report_read(result, capsys, tmp_path):
     probe.append_csv(result, tmp_path / "rows.csv")
     probe.write_json(result, tmp_path / "result.json")
     assert "difference of pixel values" in capsys.readouterr().out
+    assert "F1 of change" in scores.probe_table(result)
+    assert "recall" in scores.class_table(result)
+
+
+def test_maps_are_kept_small():
+    chart = np.arange(300 * 200).reshape(300, 200)
+    assert change._coarse(chart.tolist()) == chart[::3, ::3].tolist()
+    assert change._coarse("site 1") == "site 1"
+
+
+def test_command(dataset, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(skyjax, "load", lambda path: Texture(1.0))
+    monkeypatch.setattr(change, "untrained", lambda model, seed: Texture(0.0))
+    out = tmp_path / "result.json"
+    asked = ["--task=change", f"--dataset={dataset}", "--label=flooded", f"--json={out}"]
+    assert cli.main(["eval", f"--checkpoint={tmp_path}", *asked]) == 0
+    assert "IoU of change" in capsys.readouterr().out
+    assert json.loads(out.read_text())["label"] == "flooded"
 
 
 def test_wrong_data_is_one_sentence(dataset, sample_records, tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import types
 
 import ml_collections
@@ -6,8 +7,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
+import skyjax
+from skyjax import cli
 from skyjax.errors import UserError
-from skyjax.evals import bilinear, probe, questions, vqa
+from skyjax.evals import bilinear, probe, questions, scores, vqa
 from skyjax.input import records
 from skyjax.sample import Sample, make_sequence
 
@@ -197,6 +200,18 @@ def test_result_is_what_table_and_report_read(result, capsys, tmp_path):
     probe.append_csv(result, tmp_path / "rows.csv")
     probe.write_json(result, tmp_path / "result.json")
     assert "most common answer of the type" in capsys.readouterr().out
+    assert "question alone" in scores.probe_table(result)
+    assert "between 101 and 1000" in scores.class_table(result)
+
+
+def test_command(folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(skyjax, "load", lambda path: Brightness(1.0))
+    monkeypatch.setattr(vqa, "untrained", lambda model, seed: Brightness(0.0))
+    out = tmp_path / "result.json"
+    asked = ["--task=vqa", f"--dataset={folder / 'train'}", f"--test-dataset={folder / 'val'}", f"--json={out}"]
+    assert cli.main(["eval", f"--checkpoint={tmp_path}", *asked]) == 0
+    assert "count, as written" in capsys.readouterr().out
+    assert json.loads(out.read_text())["sizes"] == {"train": 400, "val": 0, "test": 200}
 
 
 def test_a_text_tower_is_asked_too(folder):
