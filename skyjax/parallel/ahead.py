@@ -161,7 +161,9 @@ def _is_planned(folder: pathlib.Path) -> bool:
 
     before = sizes()
     time.sleep(SETTLED_SECONDS)
-    return sizes() == before
+    # A busy computer may take longer over the rest of a file: a program's text ends with the bracket of its entry.
+    texts = [file.read_bytes().rstrip().endswith(b"}") for file in folder.glob(f"*{_TEXT}")]
+    return sizes() == before and texts == [True]
 
 
 def _read(folder: pathlib.Path, **measured: Any) -> Compiled:

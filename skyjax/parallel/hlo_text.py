@@ -124,7 +124,7 @@ def parse(text: str) -> Module:
     """Reads `compiled.as_text()`.
 
     Raises:
-      ValueError: a line is not understood, or no computation is the entry.
+      ValueError: a line is not understood, no computation is the entry, or the text is cut off.
     """
     computations: dict[str, Computation] = {}
     entry = current = None
@@ -137,6 +137,8 @@ def parse(text: str) -> Module:
             entry = current if found[1] else entry
         elif line.startswith("}"):
             current = None
+    if current is not None:
+        raise ValueError(f"HLO: the text ends inside {current.name}: it is cut off, and counts would be too low")
     if entry is None:
         raise ValueError("HLO: no ENTRY computation; this is not the text of a compiled program")
     counts = (re.search(rf"{key}=(\d+)", header) for key in ("num_partitions", "replica_count"))

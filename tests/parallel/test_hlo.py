@@ -326,6 +326,13 @@ ENTRY %main (x: f32[1024]) -> f32[1024] {
 """
 
 
+def test_a_text_that_is_cut_off_is_not_counted():
+    lines = ONE_OF_EACH.splitlines()
+    root = next(i for i, line in enumerate(lines) if "ROOT %far" in line)
+    with pytest.raises(ValueError, match="cut off"):
+        hlo.analyse("\n".join(lines[:root]))
+
+
 def test_groups_that_span_slices_by_hand():
     alone, across = hlo.analyse(ONE_OF_EACH), hlo.analyse(ONE_OF_EACH, [0] * 4 + [1] * 4)
     assert alone.collectives == {
