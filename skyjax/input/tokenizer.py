@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Int32
+from numpy.typing import ArrayLike
 
 from skyjax.errors import BadRecord, UserError
 from skyjax.input.captions import captions
@@ -102,12 +103,12 @@ class Tokenizer:
         tokens, valid = self._rows(rows, length)
         return tokens, valid, valid & (np.arange(length) >= np.array(starts).reshape(-1, 1))
 
-    def decode(self, tokens: Int[np.ndarray, "b n"], valid: Bool[np.ndarray, "b n"] | None = None) -> list[str]:
+    def decode(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> list[str]:
         """The text of each row up to its first eos, without special tokens.
 
         Args:
-          tokens: ids.
-          valid: those to read; None: all.
+          tokens: ids (b, n), of numpy or jax.
+          valid: those to read (b, n); None: all.
         """
         texts = []
         for number, row in enumerate(np.asarray(tokens)):

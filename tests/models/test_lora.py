@@ -18,6 +18,7 @@ def grown(rank=2, targets=TARGETS):
     return lora.add(PARAMS, targets, rank=rank, key=jax.random.key(0))
 
 
+@jax.jit
 def embedding(params):
     return text.apply(CONFIG, params["text"], TOKENS, VALID)["embedding"]
 
