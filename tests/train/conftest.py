@@ -101,11 +101,35 @@ def batch(config):
     return jax.device_put(host, batch_sharding(make_mesh(config.mesh)))
 
 
+def _use(patch, first, jitted):
+    patch.setattr(loop, "jit_step", lambda *_: jitted)
+    patch.setattr(loop.states, "create", lambda *_: jax.tree.map(jnp.copy, first))
+
+
 @pytest.fixture
 def quick(monkeypatch, first, jitted):
     """Lets loop.train use `first` and `jitted` instead of compiling for itself."""
-    monkeypatch.setattr(loop, "jit_step", lambda *_: jitted)
-    monkeypatch.setattr(loop.states, "create", lambda *_: jax.tree.map(jnp.copy, first))
+    _use(monkeypatch, first, jitted)
+
+
+@pytest.fixture(scope="package")
+def undisturbed_run(first, jitted, tmp_path_factory):
+    """A function (config, evaluators) that gives the folder of a run which nobody touched."""
+
+    def train(config, evaluators=()):
+        workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+        with pytest.MonkeyPatch.context() as patch:
+            _use(patch, first, jitted)
+            assert loop.train(config, workdir, evaluators=evaluators) == 0
+        return workdir
+
+    return train
+
+
+@pytest.fixture(scope="package")
+def straight(config, undisturbed_run):
+    """The run of `config`, never stopped; copy its folder before it is changed."""
+    return undisturbed_run(config)
 
 
 def leaves(tree):

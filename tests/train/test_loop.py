@@ -5,44 +5,17 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import numpy as np
 import pytest
 from changed import changed
+from real_runs import RealRun, final_state, lines
 
 from skyjax.config import to_json
 from skyjax.errors import UserError
-from skyjax.train import checkpoint, loop, metrics, state
-
-TIMES = ("seconds", "samples_per_second")
-
-
-def lines(workdir):
-    found = [json.loads(line) for line in (workdir / metrics.FILE).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in found]
-
-
-def final_state(workdir, config):
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state.abstract(config)
-    )
-    return checkpoint.load(checkpoint.find(workdir), abstract)
-
-
-@pytest.fixture(scope="module")
-def straight(config, first, jitted, tmp_path_factory):
-    """The run that was never stopped; copy its folder before it is changed."""
-    workdir = tmp_path_factory.mktemp("straight") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "jit_step", lambda *_: jitted)
-        patch.setattr(loop.states, "create", lambda *_: jax.tree.map(lambda x: x.copy(), first))
-        assert loop.train(config, workdir) == 0
-    return workdir
+from skyjax.train import checkpoint, loop, state
 
 
 def test_a_finished_run_has_everything(straight, config):
@@ -301,56 +274,25 @@ def test_a_model_that_contradicts_itself_is_told(config, tmp_path):
         loop.train(changed(config, model__modalities__sar__up_factor=3), tmp_path)
 
 
-RUN = """
-import pathlib, sys
-import ml_collections, skyjax
-from skyjax.config import read_config
-from skyjax.train import loop
-sys.exit(loop.train(read_config(sys.argv[1]), pathlib.Path(sys.argv[2])))
-"""
-
-
-def start(config, workdir, compile_cache):
-    """A real run in a process of its own."""
-    path = workdir.parent / "config.json"
-    path.write_text(to_json(config))
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(compile_cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(path), str(workdir)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.parametrize("kills", [1, pytest.param(8, marks=pytest.mark.slow)])
-def test_killed_in_the_middle_it_goes_on(straight, config, compile_cache, tmp_path, assert_same_bits, kills):
-    """SIGKILL while checkpoints are written at every step, each time a few steps later; then to the end."""
-    every = changed(config, checkpoint__every=1)
-    workdir = tmp_path / "run"
-    newest, rng = 0, np.random.default_rng(0)
-    for _ in range(kills):
-        process = start(every, workdir, compile_cache)
-        while process.poll() is None and max([0, *checkpoint.steps(workdir / checkpoint.FOLDER)]) < newest + 3:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.wait()
-        newest = max(checkpoint.steps(workdir / checkpoint.FOLDER))
-        assert newest < config.steps
-    process = start(every, workdir, compile_cache)
-    assert process.wait() == 0, process.stderr.read()
-    assert lines(workdir) == lines(straight)
-    assert_same_bits(final_state(workdir, config), final_state(straight, config))
-
-
 def test_sigterm_while_compiling_ends_it_at_once(config, tmp_path):
-    process = start(config, tmp_path / "run", tmp_path / "cold")
-    while not (tmp_path / "run" / "config.json").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
+    run = RealRun(config, tmp_path / "run", tmp_path / "cold")
+    assert run.until(run.started)
     time.sleep(0.5)  # in the initialisation or the compilation of the step
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=10) == 75
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=10) == 75
+    assert "SIGTERM: nothing to save" in run.log.read_text()
+
+
+def test_sigterm_while_a_resumed_run_compiles_saves_nothing_and_loses_nothing(
+    straight, config, tmp_path, assert_same_bits
+):
+    """It has restored step 20 and goes on to 30: until its own first step there is nothing that is not on the disk."""
+    workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "run"))
+    shutil.rmtree(workdir / checkpoint.FOLDER / "30")
+    before = {path: path.stat().st_mtime_ns for path in (workdir / checkpoint.FOLDER).rglob("*")}
+    run = RealRun(config, workdir, tmp_path / "cold")
+    assert run.until(lambda: "going on from step 20" in run.log.read_text())
+    run.process.send_signal(signal.SIGTERM)
+    assert run.process.wait(timeout=10) == 75
+    assert {path: path.stat().st_mtime_ns for path in (workdir / checkpoint.FOLDER).rglob("*")} == before
+    assert lines(workdir) == lines(straight)[:20]
