@@ -304,6 +304,7 @@ def _add_data(verbs: Any) -> None:
     build.add_argument("--source", type=pathlib.Path, required=True, help="a builder: data/X.py")
     build.add_argument("--input", type=pathlib.Path, required=True, help="folder of the source's own files")
     build.add_argument("--out", type=pathlib.Path, required=True, help="new folder for the records")
+    build.add_argument("--compression", default="zstd", help="zstd (default), or none: larger files, read faster")
 
     stats = _verb(
         actions,
@@ -349,7 +350,7 @@ def _add_data(verbs: Any) -> None:
 def _data_build(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.input.build import build
 
-    print(build(options.source, options.input, options.out))
+    print(build(options.source, options.input, options.out, compression=options.compression))
     return 0
 
 

@@ -44,8 +44,16 @@ class Summary(records.Summary):
         return f"{self.folder}: {self.count:,} samples, {self.size / 1e6:,.1f} MB{passed}"
 
 
-def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> Summary:
+def build(
+    source: str | os.PathLike[str],
+    input_folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    compression: str = "zstd",
+) -> Summary:
     """Builds a dataset at `out` from the files in `input_folder` by the builder `source`, such as data/triples.py.
+
+    `compression` is that of `records.write`; a TFDS data set has its own.
 
     Raises:
       UserError: the builder or the folder is missing, no file can be used, or `out` cannot be written.
@@ -58,14 +66,14 @@ def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], 
     if tfds_class is not None:
         return _build_tfds(tfds_class, input_folder, out)
     if not hasattr(module, "PARTS"):
-        return _write(module, input_folder, module.samples(input_folder), out)
+        return _write(module, input_folder, module.samples(input_folder), out, compression)
     if (out / records.DESCRIPTION).is_file():
         raise UserError(f'"{out}" is a data set, and {module.__name__} makes a folder of several; name another --out')
     streams = {part: module.samples(input_folder, part) for part in module.PARTS}
     there = [part for part in module.PARTS if getattr(streams[part], "total", 1)]
     if not there:
         raise UserError(f'"{input_folder}" has no sample in any part: {", ".join(module.PARTS)}')
-    written = [_write(module, input_folder, streams[part], out / part) for part in there]
+    written = [_write(module, input_folder, streams[part], out / part, compression) for part in there]
     return Summary(
         out,
         sum(each.count for each in written),
@@ -76,14 +84,14 @@ def build(source: str | os.PathLike[str], input_folder: str | os.PathLike[str], 
 
 
 def _write(
-    module: types.ModuleType, input_folder: pathlib.Path, stream: Iterable[Sample], out: pathlib.Path
+    module: types.ModuleType, input_folder: pathlib.Path, stream: Iterable[Sample], out: pathlib.Path, compression: str
 ) -> Summary:
     about = {
         word.lower(): getattr(module, word) for word in ("TITLE", "LICENCE", "ATTRIBUTION") if hasattr(module, word)
     }
     if hasattr(module, "label_names"):
         about["label_names"] = module.label_names(input_folder)
-    written = records.write(_with_progress(stream, module.__name__), out, about=about)
+    written = records.write(_with_progress(stream, module.__name__), out, about=about, compression=compression)
     return Summary(written.folder, written.count, written.size, written.description, getattr(stream, "bad", {}))
 
 

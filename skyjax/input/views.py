@@ -28,6 +28,8 @@ from skyjax.sensors import get_sensor
 GLOBAL_VIEWS = 2
 # Sets the draw of dates that samples share apart from what is drawn for the sample of that number.
 _DATES = 0xDA7E5
+# Views, pixels a side or dates: more is a mistake.
+_MOST = 10_000
 # What agrees with a whole number of pixels but for the rounding of float32 metres.
 _ROUNDING = 1e-4
 
@@ -128,8 +130,8 @@ def plan_views(data: ml_collections.ConfigDict, model: ml_collections.ConfigDict
         _check_bands(name, modality)
     groups = {"global": _views("global_views", data.global_views, GLOBAL_VIEWS, data.dates, "dates", modalities)}
     local = data.local_views
-    if not isinstance(local.count, int) or local.count < 0:
-        raise UserError(f"config: data.local_views.count is {local.count}; set it to 0 or more")
+    if not isinstance(local.count, int) or not 0 <= local.count <= _MOST:
+        raise UserError(f"config: data.local_views.count is {local.count}; set it to 0 or more, up to {_MOST:,}")
     if local.count:
         groups["local"] = _views("local_views", local, local.count, local.dates, "local_views.dates", modalities)
         for name in modalities:
@@ -184,8 +186,10 @@ def _views(
     for key, table, what in ((f"{name}.size", config.size, "pixels a side"), (dates_key, dates, "dates")):
         for modality in modalities:
             found = table.get(modality)
-            if not isinstance(found, int) or found < 1:
-                raise UserError(f"config: data.{key}.{modality} is {found}; set it to 1 or more {what}")
+            if not isinstance(found, int) or not 1 <= found <= _MOST:
+                raise UserError(
+                    f"config: data.{key}.{modality} is {found}; set it to 1 or more {what}, up to {_MOST:,}"
+                )
     area = config.area
     if area is not None and not (isinstance(area, tuple | list) and len(area) == 2 and 0 < area[0] <= area[1] <= 1):
         raise UserError(

@@ -29,6 +29,7 @@ from skyjax.errors import UserError
 from skyjax.input.loader import Loader, device_batches
 from skyjax.input.tokenizer import FILE as TOKENIZER
 from skyjax.input.tokenizer import Tokenizer
+from skyjax.input.views import plan_views
 from skyjax.models.parameters import parts, show, table
 from skyjax.parallel import distributed, flops, topology
 from skyjax.parallel.mesh import make_mesh
@@ -305,6 +306,7 @@ def dry_run(config: ml_collections.ConfigDict) -> str:
     Errors as in `train`.
     """
     state = states.abstract(config)
+    plan_views(config.data, config.model, {})
     params = state["params"]
     rows = [f"{row.path}  {row.shape}  {row.count:,}" for row in table(params).rows]
     lines = parts(params["encoder"], params["heads"], state.get("prototypes"))

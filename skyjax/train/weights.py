@@ -106,7 +106,7 @@ def load(folder: pathlib.Path) -> Weights:
         statistics = check_statistics(notes["statistics"])
         if not isinstance(config.model, ml_collections.ConfigDict):
             raise ValueError("its model is no group of values")
-        if not isinstance(notes.get("step", 0), int) or not isinstance(notes.get("source") or {}, dict):
+        if not isinstance(notes.get("step", 0), int) or not isinstance(notes.get("source"), dict | None):
             raise ValueError("step or source is of another kind")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'"{folder / NOTES}" is not what was written: {error}; copy it anew') from error

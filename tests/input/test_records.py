@@ -81,6 +81,16 @@ def test_random_access_over_files(dataset):
     assert source.name(first) == "samples-00001.array_record: record 0"
 
 
+def test_records_that_are_not_compressed_are_larger_and_the_same(dataset, tmp_path):
+    plain = records.write([make_sample(i) for i in range(7)], tmp_path / "plain", compression="none")
+    packed = records.write([make_sample(i) for i in range(7)], tmp_path / "packed")
+    assert plain.size > packed.size
+    for index in range(7):
+        assert_same(records.RecordSource(tmp_path / "plain")[index], records.RecordSource(dataset)[index])
+    with pytest.raises(UserError, match='compression "gzip" is not one of zstd, none'):
+        records.write([make_sample()], tmp_path / "other", compression="gzip")
+
+
 def test_description(dataset):
     description = records.RecordSource(dataset).description
     assert description["count"] == 7
