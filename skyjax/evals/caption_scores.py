@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,34 +62,42 @@ def _package() -> Any:
     return pycocoevalcap
 
 
-def score(said: Sequence[str], told: Sequence[Sequence[str]], *, seed: int = 0) -> dict[str, Score]:
-    """Every metric.
+def score(
+    systems: Mapping[str, Sequence[str]], told: Sequence[Sequence[str]], *, seed: int = 0
+) -> dict[str, dict[str, Score]]:
+    """Every metric of one or several systems.
 
     Args:
-      said: a caption an image.
+      systems: name -> its caption of each image.
       told: the captions of people, one or more an image.
-      seed: of the bootstrap over images.
+      seed: of the bootstrap over images; all systems are drawn alike.
 
     Returns:
-      Metric -> score: fractions of 1, CIDEr of 10. BLEU is of the corpus, METEOR of its summed statistics, ROUGE-L and
-      CIDEr are means over images. "word for word" is the share of captions that equal one of people's once tokenized.
+      Name -> metric -> score: fractions of 1, CIDEr of 10. BLEU is of the corpus, METEOR of its summed statistics,
+      ROUGE-L and CIDEr are means over images. "word for word" is the share of captions that equal one of people's once
+      tokenized.
 
     Raises:
       UserError: the package or Java is missing.
     """
     check_tools()
-    hypotheses, references = tokenize([[text] for text in said]), tokenize(told)
-    draws = np.random.default_rng(seed).multinomial(len(said), np.full(len(said), 1 / len(said)), RESAMPLES)
-    found = _bleu(references, hypotheses, draws)
-    found[METEOR] = _meteor(references, hypotheses, draws)
     from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
     from pycocoevalcap.rouge.rouge import Rouge
 
-    for name, scorer in ((ROUGE, Rouge()), (CIDER, Cider())):
-        value, each = scorer.compute_score(_numbered(references), _numbered(hypotheses))
-        found[name] = _mean(float(value), np.asarray(each, float), draws)
-    same = [float(text[0] in texts) for text, texts in zip(hypotheses, references, strict=True)]
-    found[EXACT] = _mean(float(np.mean(same)), np.array(same), draws)
+    references = tokenize(told)
+    draws = np.random.default_rng(seed).multinomial(len(told), np.full(len(told), 1 / len(told)), RESAMPLES)
+    with _java():
+        meteor = Meteor()  # takes seconds to start, so one serves all
+    found = {}
+    for system, said in systems.items():
+        hypotheses = tokenize([[text] for text in said])
+        found[system] = _bleu(references, hypotheses, draws)
+        for name, scorer in ((METEOR, meteor), (ROUGE, Rouge()), (CIDER, Cider())):
+            value, each = scorer.compute_score(_numbered(references), _numbered(hypotheses))
+            found[system][name] = _mean(float(value), np.array(each, float), draws)
+        same = [float(text[0] in texts) for text, texts in zip(hypotheses, references, strict=True)]
+        found[system][EXACT] = _mean(float(np.mean(same)), np.array(same), draws)
     return found
 
 
@@ -157,15 +165,6 @@ def bleu_of_counts(counts: Float[np.ndarray, "r 10"]) -> Float[np.ndarray, "r 4"
     logs = np.log((right + 1e-15) / (said + 1e-9))
     brevity = np.minimum(1 - (told + 1e-9) / (length + 1e-15), 0)
     return np.exp(np.cumsum(logs, 1) / np.arange(1, 5) + brevity[:, None])
-
-
-def _meteor(references: Sequence[list[str]], hypotheses: Sequence[list[str]], draws: np.ndarray) -> Score:
-    from pycocoevalcap.meteor.meteor import Meteor
-
-    with _java():
-        scorer = Meteor()
-        value, each = scorer.compute_score(_numbered(references), _numbered(hypotheses))
-    return _mean(float(value), np.array(each, float), draws)
 
 
 def _mean(value: float, each: Float[np.ndarray, "n"], draws: np.ndarray) -> Score:

@@ -79,10 +79,10 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
     start = time.perf_counter()
     said = write(model, text, captioned, options.decode, options.seed)
     seconds = {PRETRAINED: round(time.perf_counter() - start, 2), OTHER: 0.0}
-    scores = {PRETRAINED: caption_scores.score(said, captioned.captions, seed=options.seed)}
+    systems = {PRETRAINED: said}
     if len(said) > 1:
-        others = of_another(captioned.captions, options.seed)
-        scores[OTHER] = caption_scores.score(others, captioned.captions, seed=options.seed)
+        systems[OTHER] = of_another(captioned.captions, options.seed)
+    scores = caption_scores.score(systems, captioned.captions, seed=options.seed)
     examples = _examples(scores[PRETRAINED][caption_scores.CIDER].each)
     return {
         "task": TASK,

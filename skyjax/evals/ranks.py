@@ -59,7 +59,7 @@ def search(
       at: as in `hits`.
     """
     step = max(1, _BLOCK // max(len(items), 1))
-    blocks = [slice(start, start + step) for start in range(0, len(queries), step)]
+    blocks = [slice(start, min(start + step, len(queries))) for start in range(0, len(queries), step)]
     return np.concatenate([hits(score(block), queries[block, None] == items, at) for block in blocks])
 
 
