@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,10 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f'"{stray[0]}" is not understood{nearest(stray[0].split("=")[0], known.flags)}')
         if overrides and "config" not in known:
             raise UserError(f'"--config.{overrides[0]}" has no meaning here: only train and compile take a config')
+        _refuse_buckets(known)
         return known.run(known, overrides)
     except UserError as error:
         print(f"skyjax: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+
+
+def _refuse_buckets(options: argparse.Namespace) -> None:
+    """As a path, gs://BUCKET would be a folder called "gs:" on this disk."""
+    for name, value in vars(options).items():
+        if isinstance(value, pathlib.Path) and re.match(r"\w+:/", str(value)):
+            raise UserError(
+                f"--{name}={str(value).replace(':/', '://', 1)} is in a bucket, and skyjax writes files: mount it by"
+                " Cloud Storage FUSE, as launch/ does, and name the folder where it is mounted"
+            )
 
 
 def _parser(verb: str) -> argparse.ArgumentParser:
@@ -314,7 +326,7 @@ def _add_data(verbs: Any) -> None:
         "skyjax data stats --dataset=runs/records/triples",
     )
     stats.add_argument(
-        "--dataset", type=pathlib.Path, required=True, help="a folder made by data build, or one of images"
+        "--dataset", required=True, help="a folder made by data build, also gs://BUCKET/PATH, or one of images"
     )
     stats.add_argument("--json", type=pathlib.Path, help="also write the rows to this file")
 
@@ -326,7 +338,7 @@ def _add_data(verbs: Any) -> None:
         "skyjax data show --dataset=runs/records/triples --out=triples.png --sites=4",
     )
     show.add_argument(
-        "--dataset", type=pathlib.Path, required=True, help="a folder made by data build, or one of images"
+        "--dataset", required=True, help="a folder made by data build, also gs://BUCKET/PATH, or one of images"
     )
     show.add_argument("--out", type=pathlib.Path, required=True, help="the PNG to write")
     show.add_argument("--sites", type=int, default=4, help="how many of the first sites (default 4)")
@@ -368,7 +380,7 @@ def _data_show(options: argparse.Namespace, overrides: list[str]) -> int:
     from skyjax.input.contact_sheet import contact_sheet
     from skyjax.input.loader import open_source
 
-    source = open_source(str(options.dataset))
+    source = open_source(options.dataset)
     contact_sheet([source[i] for i in range(min(options.sites, len(source)))], options.out)
     print(options.out)
     return 0

@@ -20,7 +20,7 @@ import numpy as np
 from skyjax.errors import UserError
 from skyjax.input import augment
 from skyjax.input.image_folder import ImageFolder
-from skyjax.input.records import DESCRIPTION, RecordSource, widest_type
+from skyjax.input.records import DESCRIPTION, RecordSource, folder_at, widest_type
 from skyjax.input.texts import Texts
 from skyjax.input.views import Plan, make_views, plan_views
 from skyjax.sample import Batch, Sample, empty_sample
@@ -159,13 +159,15 @@ def _check(config: ml_collections.ConfigDict, process_count: int) -> None:
 
 
 def open_source(path: str) -> Source:
-    """A folder made by `skyjax data build`, or any folder of images.
+    """A folder made by `skyjax data build`, here or in a bucket (gs://BUCKET/PATH), or any local folder of images.
 
     Raises:
       UserError: it is neither.
     """
-    folder = pathlib.Path(path)
-    return RecordSource(folder) if (folder / DESCRIPTION).is_file() or not folder.is_dir() else ImageFolder(folder)
+    folder = folder_at(path)
+    if isinstance(folder, pathlib.Path) and not (folder / DESCRIPTION).is_file() and folder.is_dir():
+        return ImageFolder(folder)
+    return RecordSource(path)
 
 
 def _open(config: ml_collections.ConfigDict) -> tuple[list[Source], list[float]]:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from skyjax.errors import BadRecord, UserError
 from skyjax.sample import STORED_TYPES, Sample, Sequence
@@ -299,6 +300,28 @@ def _check_description(told: Mapping[str, Any]) -> None:
             raise ValueError("label_names is not a list of names for each label")
 
 
+def folder_at(path: str | os.PathLike[str]) -> Any:
+    """A local folder as pathlib has it, or a folder of a bucket (gs://BUCKET/PATH), which is used alike.
+
+    Raises:
+      UserError: the library that speaks to the bucket is not installed.
+    """
+    text = os.fspath(path)
+    if "://" not in text:
+        return pathlib.Path(text)
+    try:
+        folder = epath.Path(text)
+        folder.is_dir()  # asks for the library
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f'"{text}" is in a bucket, and what reads it is missing ({str(error).splitlines()[0]}): for gs://'
+            " pip install gcsfs, or mount the bucket and name the folder where it is mounted"
+        ) from error
+    except Exception as error:  # of the network, of permissions: each library has its own
+        raise UserError(f'"{text}" cannot be reached: {(str(error).splitlines() or [repr(error)])[0][:200]}') from error
+    return folder
+
+
 class RecordSource:
     """A dataset's samples by number: random access, safe in threads, picklable, opened when first read."""
 
@@ -308,7 +331,7 @@ class RecordSource:
         Raises:
           UserError: the folder, its dataset.json or one of its files is missing or not what it should be.
         """
-        self.folder = pathlib.Path(folder)
+        self.folder = folder_at(folder)
         path = self.folder / DESCRIPTION
         try:
             self.description: dict[str, Any] = json.loads(path.read_text())
