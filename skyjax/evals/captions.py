@@ -89,6 +89,7 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
         "dataset": options.dataset,
         "test_dataset": None,
         "metric": "score",
+        "headline": caption_scores.CIDER,
         "classes": [],
         "sizes": {"test": len(said), "captions": sum(map(len, captioned.captions))},
         "rows": [
@@ -123,7 +124,7 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
             }
             for kind, i in examples
         ],
-        "pictures": {str(i): pictures.portrait(captioned.read(i), "optical") for _, i in examples},
+        "pictures": {str(i): _picture(captioned, i) for _, i in examples},
         "settings": {
             "split": captioned.split,
             "image_size": {m: list(size) for m, size in captioned.sizes.items()},
@@ -134,6 +135,10 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
         },
         "notes": [*captioned.notes, *_repeats(said)],
     }
+
+
+def _picture(captioned: CaptionedSet, i: int) -> str:
+    return pictures.data_uri(pictures.portrait(captioned.read(i), "optical"))
 
 
 def write(model: words.Worded, text: Words, captioned: CaptionedSet, decode: str, seed: int) -> list[str]:

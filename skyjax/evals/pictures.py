@@ -171,12 +171,12 @@ def date_pictures(sequence: Sequence, *, dates: int = 8, side: int = 176) -> lis
     ]
 
 
-def portrait(sample: Sample, modality: str, *, side: int = 164) -> str:
-    """A sample's clearest date as the address of a picture; of another modality where it has none of this one."""
+def portrait(sample: Sample, modality: str, *, side: int = 164) -> Image:
+    """A sample's clearest date, on the ground that its features cover; of another modality where it lacks this one."""
     there = [m for m in (modality, *MODALITIES) if m in sample.sequences and sample.sequences[m].valid.any()]
     sequence = sample.sequences[there[0]]
     (date,) = _clearest(sequence, 1).tolist()
-    return data_uri(fit(contact_sheet.picture(sequence, date), side))
+    return fit(_on_site(contact_sheet.picture(sequence, date), sequence, sample), side)
 
 
 def _limits(sequence: Sequence) -> np.ndarray:

@@ -389,6 +389,8 @@ def tell(
     """Prints the table, by `show`, and writes the files that the command line asks for; pictures go to the report."""
     show(result)
     if arguments.json:
-        write_json({key: value for key, value in result.items() if key != "pictures"}, arguments.json)
+        write_json(
+            {key: value for key, value in result.items() if key not in ("pictures", "attention")}, arguments.json
+        )
     if arguments.csv:
         append_csv(result, arguments.csv)

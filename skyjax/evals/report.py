@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from skyjax.errors import UserError
-from skyjax.evals import curves, gallery, pictures, scores
+from skyjax.evals import curves, gallery, pictures, scores, word_gallery
 from skyjax.evals.charts import Mark, short
 from skyjax.evals.curves import Figure, Metrics
 from skyjax.sample import MODALITIES, Sample
@@ -324,7 +324,7 @@ def _probes(run: Run) -> str:
         parts.append(f'<h3>{escape(scores.title(result))} <span class="quiet">{escape(task)}</span></h3>')
         together = [other for other in run.probes if scores.title(other) == scores.title(result)]
         parts.append(scores.details(result) + scores.probe_table(result, together))
-        parts.append(gallery.label_sheet(result) + scores.class_table(result))
+        parts.append(gallery.label_sheet(result) + scores.class_table(result) + word_gallery.sheet(result))
     return "".join(parts)
 
 

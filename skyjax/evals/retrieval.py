@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 
 import skyjax
 from skyjax.errors import UserError
-from skyjax.evals import hashing, pictures, probe, ranks, words
+from skyjax.evals import attention, hashing, pictures, probe, ranks, words
 from skyjax.evals.bootstrap import PERCENTILES, RESAMPLES, ratios
 from skyjax.evals.captioned import CaptionedSet, open_captioned
 from skyjax.evals.extremes import extremes
@@ -27,6 +27,7 @@ from skyjax.evals.probe import PRETRAINED
 from skyjax.input.captions import captions as label_captions
 from skyjax.input.texts import questions_of
 from skyjax.sample import Sample
+from skyjax.train.words import Words
 
 TASK = "retrieval"
 CHANCE = "chance"
@@ -72,7 +73,8 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
 
     Returns:
       As `probe.compare`, a row's `method` being "image to text R@1" and so on, `accuracy` the recall. `hashing` has the
-      same of binary codes with their speed and size; `examples` the best and worst queries, `pictures` their images.
+      same of binary codes with their speed and size; `examples` the best and worst queries, `attention` where the
+      words of some look, `pictures` their images.
     """
     text = words.words_of(model, TASK)
     words.check_stream(text, options.modality)
@@ -99,6 +101,7 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
         "dataset": options.dataset,
         "test_dataset": None,
         "metric": "recall",
+        "headline": MEAN,
         "classes": [],
         "sizes": {"test": len(images), "captions": len(texts)},
         "rows": [
@@ -119,8 +122,9 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
         "features": {name: {"dimension": dimension[name], "seconds": seconds[name]} for name in found},
         "hashing": None,
         "examples": examples,
+        "attention": _looks(model, text, captioned, examples[TO_IMAGE], options.modality),
         "names": {str(i): captioned.names[i] for i in sorted(shown)},
-        "pictures": {str(i): pictures.portrait(captioned.read(i), options.modality) for i in sorted(shown)},
+        "pictures": {str(i): _picture(captioned, i, options.modality) for i in sorted(shown)},
         "settings": {
             "split": captioned.split,
             "image_size": {m: list(size) for m, size in captioned.sizes.items()},
@@ -134,6 +138,19 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
     if options.hash_bits is not None:
         result["hashing"] = by_codes(images, captions, owner, options.hash_bits, options.seed)
     return result
+
+
+def _picture(captioned: CaptionedSet, i: int, modality: str) -> str:
+    return pictures.data_uri(pictures.portrait(captioned.read(i), modality))
+
+
+def _looks(
+    model: words.Worded, text: Words, captioned: CaptionedSet, examples: Sequence[Mapping[str, Any]], modality: str
+) -> list[Any]:
+    """Where the words of the captions that find their images best look in these."""
+    best = [example for example in examples if example["kind"] == "best"]
+    samples = [captioned.read(example["own"]) for example in best]
+    return attention.look(model, text, samples, [example["query"] for example in best], modality)
 
 
 def open_set(model: words.Worded, options: Any) -> CaptionedSet:
@@ -263,9 +280,7 @@ def _shared_words(captions: Sequence[Sequence[str]]) -> list[str]:
             sites.setdefault(text, set()).add(i)
     shared = sum(len(sites[text]) > 1 for texts in captions for text in texts)
     total = sum(map(len, captions))
-    return (
-        [f"{shared:,} of {total:,} captions are those of another image too, which no model can find"] if shared else []
-    )
+    return [f"{shared:,} of {total:,} captions are word for word those of another image too"] if shared else []
 
 
 def print_table(result: Mapping[str, Any], console: rich.console.Console | None = None) -> None:

@@ -74,7 +74,9 @@ def best_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Row | Non
     """What was probed -> the run's best row and the best baseline, over all tasks and methods on it."""
     by_dataset: dict[str, list[Row]] = {}
     for result in results:
-        by_dataset.setdefault(title(result), []).extend(rows(result))
+        # Of metrics that cannot be compared with each other, one speaks for all.
+        chosen = [row for row in rows(result) if row.method == result.get("headline", row.method)]
+        by_dataset.setdefault(title(result), []).extend(chosen)
     return {
         dataset: (
             max((row for row in every if not row.baseline), key=lambda row: row.value, default=None),
@@ -101,7 +103,8 @@ def probe_table(result: Mapping[str, Any], together: Sequence[Mapping[str, Any]]
     every = rows(result)
     all_rows = [row for other in (result, *together) for row in rows(other)]
     low, high = min(row.low for row in all_rows), max(row.high for row in all_rows)
-    axis = [tick for tick in ticks(max(0.0, low - 2), min(100.0, high + 2), count=5) if 0 <= tick <= 100]
+    top = 100.0 if high <= 100 else np.inf  # CIDEr goes to 1000
+    axis = [tick for tick in ticks(max(0.0, low - 2), min(top, high + 2), count=5) if 0 <= tick <= top]
     parts = [
         '<table class="probe"><thead><tr><th scope="col">Features</th><th scope="col" class="number">'
         f"{escape(str(result.get('metric', 'accuracy')).capitalize())}</th>"

@@ -10,7 +10,8 @@ import PIL.Image
 import pytest
 
 from skyjax.errors import UserError
-from skyjax.evals import captions, retrieval, scores, words, zero_shot
+from skyjax.evals import attention, captions, retrieval, scores, words, zero_shot
+from skyjax.evals.report import write_report
 from skyjax.input.captions import prompts
 
 CONFIG = ml_collections.ConfigDict(
@@ -43,6 +44,13 @@ class GreyWords:
     def caption(self, fused, valid, method, seed=0):
         levels = np.where(valid, fused[..., 0], 0).sum((1, 2)) / valid.sum((1, 2))
         return [TEXTS[min(TEXTS, key=lambda known, level=level: abs(known - level))] for level in levels]
+
+    def look(self, fused, valid, texts, cells):
+        """The first word looks at the first cell, the others everywhere."""
+        first = np.zeros((cells, cells))
+        first[0, 0] = 1
+        even = np.full((cells, cells), 1 / cells**2)
+        return [(text.split(), np.stack([first] + [even] * (len(text.split()) - 1))) for text in texts]
 
     @staticmethod
     def level(text):
@@ -225,6 +233,30 @@ def test_captions_are_scored_and_shown(told, capsys):
     assert len(result["examples"]) == 12
     retrieval.print_table(result)
     assert "METEOR" in capsys.readouterr().out
+
+
+def test_the_report_shows_retrievals_captions_and_where_words_look(found, told, tmp_path):
+    example = {"kind": "worst", "image": 3, "said": "a <wood>", "told": ["a river"], "cider": 0.1}
+    said = {"task": "captions", "dataset": "own.json", "rows": found["rows"][:1], "examples": [example]}
+    (tmp_path / "probe.json").write_text(json.dumps([found, said | {"pictures": found["pictures"]}]))
+    page = write_report(tmp_path).read_text()
+    for way in ("Image to text", "Text to image"):
+        for kind in ("best", "worst"):
+            assert f"{way}, {kind}" in page
+    assert "a &lt;wood&gt;" in page
+    assert all(uri in page for uri in found["pictures"].values())
+    assert "Binary codes of 8 bits" in page
+    assert "Where words look" in page
+    assert all(uri in page for each in found["attention"] for _, uri in each["words"])
+
+
+def test_a_word_lights_the_cells_that_it_looks_at():
+    image = np.full((8, 8, 3), 200, np.uint8)
+    share = np.array([[0.5, 0.25], [0.25, 0.0]])
+    shown = attention.lit(image, share)
+    assert shown[:4, :4].min() == 200
+    assert np.unique(shown[:4, 4:]).tolist() == [120]  # 0.2 + 0.8 / 2
+    assert np.unique(shown[4:, 4:]).tolist() == [40]
 
 
 def test_another_image_is_never_the_own():
