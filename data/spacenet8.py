@@ -51,7 +51,7 @@ def _patch(path: pathlib.Path) -> Sample:
         "rgb",
         ("red", "green", "blue"),
         days=np.zeros(2, int),
-        clear=values.any(-1),
+        clear=np.any(values, axis=-1),
         extent=np.array([down, -across, -down, across], np.float32),
         name=path.name,
     )
