@@ -95,6 +95,7 @@ class Pretrained:
         try:  # they may be a stranger's, and say what they like
             config = ml_collections.ConfigDict(notes["config"]).lock()
             step, statistics = int(notes["step"]), weights.check_statistics(notes["statistics"])
+            data = [list(source) for source in config.get("data", {}).get("sources", ())] or None
             wanted = {"teacher": {"encoder": read(skysense.init)}}
             if config.model.get("prototypes") is not None:
                 wanted["prototypes"] = read(skysense.init_prototypes)
@@ -113,7 +114,7 @@ class Pretrained:
             statistics=statistics,
             step=step,
             prototypes=state.get("prototypes"),
-            data=[list(source) for source in config.get("data", {}).get("sources", ())] or None,
+            data=data,
             words=_words(found, config, state["teacher"]) if config.model.get("text") else None,
         )
 

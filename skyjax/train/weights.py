@@ -257,9 +257,9 @@ def _zeros(model: str) -> dict[str, np.ndarray]:
     config = ml_collections.ConfigDict(json.loads(model))
     try:
         abstract = jax.eval_shape(lambda key: skysense.init(config, key), jax.random.key(0))
+        return to_listed(jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract))
     except Exception as error:  # models know nothing of configs, and raise what they like
         raise UserError(f"config: {str(error) or type(error).__name__}") from error
-    return to_listed(jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract))
 
 
 def enumerate_names(names: list[str], most: int = LISTED_IN_ERRORS) -> str:
