@@ -181,22 +181,31 @@ def _read(
     # Each process reads its own part. With Orbax' barriers, those that can read wait minutes for one that cannot.
     context.multiprocessing.active_processes = {jax.process_index()}
     context.multiprocessing.primary_host = jax.process_index()
-    state, notes, failed = None, {}, None
+    is_shared = any(not leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(abstract) if leaf.sharding)
+    state, notes = None, {}
+
+    def agree(failed: Exception | None) -> None:
+        if _somewhere(failed is not None) if is_shared else failed:
+            reason = _first_line(failed) if failed else "another process cannot read it"
+            raise UserError(f'checkpoint: "{checkpoint}" is damaged: {reason}') from failed
+
+    failed: Exception | None = None
     try:
         notes = read_notes(checkpoint)
         if check:
             check(notes)
         _check_arrays(checkpoint, notes, abstract, partial)
-        with context, _quiet():
-            state = ocp.load(checkpoint.absolute(), abstract)
     except Refused:
         raise
     except Exception as error:  # tensorstore, Orbax and asyncio raise what they like on damaged files
         failed = error
-    is_shared = any(not leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(abstract) if leaf.sharding)
-    if _somewhere(failed is not None) if is_shared else failed:
-        reason = _first_line(failed) if failed else "another process cannot read it"
-        raise UserError(f'checkpoint: "{checkpoint}" is damaged: {reason}') from failed
+    agree(failed)  # Orbax numbers its calls: had one process made more of them, the next save would never end
+    try:
+        with context, _quiet():
+            state = ocp.load(checkpoint.absolute(), abstract)
+    except Exception as error:  # as above
+        failed = error
+    agree(failed)
     if wrong := wrong_arrays(state, notes):
         raise UserError(f'checkpoint: "{checkpoint}" is damaged: "{wrong[0]}" is not what was written')
     return state, notes

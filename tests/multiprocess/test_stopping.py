@@ -6,9 +6,12 @@ once. Loader, loop, checkpoints and what the processes tell each other are those
 
 import os
 import re
+import shutil
 import signal
 import time
 
+import jax
+import numpy as np
 import pytest
 from changed import changed
 
@@ -102,6 +105,53 @@ def test_it_goes_on_where_it_stopped_with_as_many_processes_as_there_are(preempt
     assert found["seconds"]["evaluate"] > 0
 
 
+def test_the_state_is_what_it_was(preempted):
+    """From two processes by way of one."""
+    *_, last = preempted[2]
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = {"params": {"kernel": jax.ShapeDtypeStruct((2048, 1024), np.float32, sharding=here)}}
+    got = checkpoint.load(checkpoint.find(last.workdir), wanted, partial=True)
+    np.testing.assert_array_equal(got["params"]["kernel"].ravel(), np.arange(2**21))
+
+
+@pytest.mark.slow
+def test_from_one_process_to_four(preempted, small, launch, tmp_path):
+    _, steps, (_, _, last) = preempted
+    workdir = shutil.copytree(last.workdir, tmp_path / "run")
+    run = launch(changed(small, steps=steps[-1][-1] + 8), workdir, 4, before=COUNTING)
+    assert run.wait() == 0, run.output[-4000:]
+    assert [line["loss"] for line in run.lines()] == [16 * (line["step"] - 1) + 6 for line in run.lines()]
+    assert [line["step"] for line in run.lines()] == list(range(1, steps[-1][-1] + 9))
+    # Its words are those of one process, whoever sums them.
+    notes = [checkpoint.read_notes(checkpoint.find(where)) for where in (workdir, last.workdir)]
+    assert notes[0]["checksums"]["params/kernel"] == notes[1]["checksums"]["params/kernel"]
+
+
+def test_all_go_on_from_what_all_can_read(small, launch, tmp_path):
+    """Process 1 cannot read the notes of the newest checkpoint, nor the arrays of the one before; process 0 could."""
+    workdir, kept = tmp_path / "run", changed(small, checkpoint__keep=3, watchdog__seconds=60.0)
+    assert launch(changed(kept, steps=6, checkpoint__every=2), workdir, 2, before=COUNTING).wait() == 0
+    failing = """
+from skyjax.train import checkpoint
+def fails_on(call, step):
+    def failing(path, *arguments):
+        found = call(path, *arguments)
+        if me == 1 and path.name == step:
+            raise OSError(5, "Input/output error")
+        return found
+    return failing
+checkpoint.ocp.metadata = fails_on(checkpoint.ocp.metadata, "6")
+checkpoint.ocp.load = fails_on(checkpoint.ocp.load, "4")
+"""
+    run = launch(changed(kept, steps=8), workdir, 2, before=COUNTING + failing)
+    assert run.wait() == 0, run.output[-4000:]
+    assert run.output.count("another process cannot read it; going on from step 2") == 2
+    assert run.output.count("Input/output error; going on from step 2") == 2
+    assert [line["loss"] for line in run.lines()] == [16 * step + 6 for step in range(8)]
+    assert checkpoint.steps(workdir / "checkpoints.damaged") == [4, 6]
+    assert checkpoint.steps(workdir / checkpoint.FOLDER) == [2, 8]
+
+
 def test_the_slow_process_is_named(preempted):
     """By 0.6 s a batch. On a busy computer the other is now and then slow too, by less."""
     _, _, (_, second, last) = preempted
@@ -133,7 +183,7 @@ loop.jit_step = slow
     assert time.monotonic() - sent < 10
     assert run.wait() == 75, run.output
     assert checkpoint.steps(workdir / checkpoint.FOLDER) == []
-    assert "[1] skyjax: SIGTERM before the first step: nothing to save" in run.output
+    assert "[1] skyjax: SIGTERM: nothing to save" in run.output
 
 
 def test_a_killed_process_ends_the_others_and_is_named(small, launch, tmp_path):
@@ -154,3 +204,36 @@ def test_a_hang_ends_with_stacks(small, launch, tmp_path):
     assert "no step was finished for 25 s" in run.output
     assert "in forever" in run.output  # the stack of the thread that hangs
     assert "hung (124)" in run.output
+
+
+@pytest.mark.slow
+def test_a_frozen_process_ends_the_others_and_is_named(small, launch, tmp_path):
+    """It neither dies nor answers, as on a host that swaps or lost its network."""
+    run = launch(small, tmp_path / "run", 2, before=COUNTING, grace=20)
+    run.until(lambda: len(run.lines()) > 5)
+    os.kill(run.pid(1), signal.SIGSTOP)
+    stopped = time.monotonic()
+    while os.path.exists(f"/proc/{run.pid(0)}") and time.monotonic() < stopped + 100:
+        time.sleep(0.1)
+    assert time.monotonic() - stopped < 60
+    assert run.wait() == 1, run.output
+    assert "process 1 did not end by itself and was killed, and the others cannot go on without it" in run.output
+
+
+def test_a_second_sigterm_ends_all_at_once(small, launch, tmp_path):
+    """Both are in the middle of an evaluation that never asks whether to stop."""
+    deaf = """
+def evaluate(state, step, stop):
+    workdir.with_name(f"evaluating-{me}").touch()
+    time.sleep(1000)
+"""
+    evaluated = changed(small, eval__every=3)
+    run = launch(evaluated, tmp_path / "run", 2, before=COUNTING + deaf, arguments=", evaluators=[evaluate]")
+    run.until(lambda: all((tmp_path / f"evaluating-{number}").exists() for number in (0, 1)))
+    run.process.send_signal(signal.SIGTERM)
+    run.until(lambda: run.output.count("SIGTERM: saving after this step") == 2)
+    again = time.monotonic()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 1
+    assert time.monotonic() - again < 10
+    assert "was ended by a second SIGTERM (143)" in run.output

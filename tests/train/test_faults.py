@@ -54,7 +54,8 @@ def test_a_bad_record_is_an_empty_sample_and_counted(with_bad_record, quick, tmp
     assert [line["skipped"] for line in lines(workdir)] == [0] * with_bad_record.steps
     named = [record.message for record in caplog.records if "skipped, 1 of 144 so far" in record.message]
     assert len(named) == 3  # once a start, and once above
-    assert "copy 0/samples-00000.array_record: record 3 is truncated or corrupt" in named[0]
+    assert "copy 0/samples-00000.array_record: record 3: " in named[0]
+    assert "record 3 is truncated or corrupt" in named[0]
     # Every other sample is what it would have been.
     first, second = (source for source, _ in with_bad_record.data.sources[:2])
     shutil.copytree(second, first, dirs_exist_ok=True)
