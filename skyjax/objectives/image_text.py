@@ -267,7 +267,7 @@ def grids(
 
 
 def captioning(written: Written, chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum and count of -log p(next token), `chunk` rows at a time: a row's scores are its length times the vocabulary."""
+    """Sum and count of -log p(next token), `chunk` rows at a time: each has a score of every token at every place."""
 
     def of_chunk(part: Any) -> Array:
         hidden, targets, counted = part

@@ -42,6 +42,7 @@ from skyjax.train.hosts import Hosts, compile_together, count_bad, fingerprint, 
 from skyjax.train.metrics import Journal, cannot_write, is_due
 from skyjax.train.preemption import EXIT_PREEMPTED, Preemption
 from skyjax.train.profiling import Profiler, parse_window
+from skyjax.train.start import take_over
 from skyjax.train.step import Metrics, make_step
 from skyjax.train.watchdog import Watchdog
 
@@ -218,7 +219,10 @@ def start(
         files = {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)}
         write_files(workdir, files)
     keep_tokenizer(loader.tokenizer, workdir, notes)
-    return restored[0] if restored else states.create(config, mesh), loader, notes
+    if restored:
+        return restored[0], loader, notes
+    state = states.create(config, mesh)
+    return take_over(state, config.start) if config.get("start") else state, loader, notes
 
 
 def keep_tokenizer(tokenizer: Tokenizer | None, workdir: pathlib.Path, notes: checkpoint.Notes) -> None:

@@ -86,36 +86,35 @@ class Pretrained:
     @classmethod
     def _of_checkpoint(cls, found: pathlib.Path) -> Self:
         notes = checkpoint.read_notes(found)
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-        def read(part: Callable[[Any, jax.Array], Any]) -> Any:
-            shapes = jax.eval_shape(lambda key: part(config.model, key), jax.random.key(0))
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+        def here(tree: Any) -> Any:
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=first), tree)
 
         try:  # they may be a stranger's, and say what they like
             config = ml_collections.ConfigDict(notes["config"]).lock()
             step, statistics = int(notes["step"]), weights.check_statistics(notes["statistics"])
             data = [list(source) for source in config.get("data", {}).get("sources", ())] or None
-            wanted = {"teacher": {"encoder": read(skysense.init)}}
+            whole = states.abstract_params(config)
+            # Of the heads, what images are projected to words by; the others ended with training.
+            whole["heads"] = {name: head for name, head in whole["heads"].items() if name == "image_text"}
+            wanted = {"teacher": here({name: part for name, part in whole.items() if part})}
             if config.model.get("prototypes") is not None:
-                wanted["prototypes"] = read(skysense.init_prototypes)
-            if config.model.get("text"):
-                whole = states.abstract(config)["teacher"]
-                told = {part: whole[part] for part in ("text", "decoder") if part in whole}
-                told["heads"] = {name: head for name, head in whole["heads"].items() if name == "image_text"}
-                wanted["teacher"] |= jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), told)
+                table = jax.eval_shape(lambda key: skysense.init_prototypes(config.model, key), jax.random.key(0))
+                wanted["prototypes"] = here(table)
         except Exception as error:  # models know nothing of configs and raise what they like
             reason = str(error).split("\n")[0] or type(error).__name__
             raise UserError(f'checkpoint: "{found}": its notes describe no model: {reason[:200]}') from error
         state = checkpoint.load(found, wanted, partial=True)
+        teacher = states.merged(config, state["teacher"])
         return cls(
             config=config,
-            params=state["teacher"]["encoder"],
+            params=teacher["encoder"],
             statistics=statistics,
             step=step,
             prototypes=state.get("prototypes"),
             data=data,
-            words=_words(found, config, state["teacher"]) if config.model.get("text") else None,
+            words=_words(found, config, teacher) if config.model.get("text") else None,
         )
 
     def listed(self) -> dict[str, np.ndarray]:
@@ -160,7 +159,7 @@ def _words(found: pathlib.Path, config: ml_collections.ConfigDict, teacher: Mapp
     own = found.parent.parent / TOKENIZER
     tokenizer = Tokenizer(own if own.is_file() else config.data.text.tokenizer)
     towers = {name: teacher[name] for name in ("text", "decoder") if name in teacher}
-    return Words(config, towers, teacher["heads"].get("image_text", {}), tokenizer)
+    return Words(config, towers, teacher.get("heads", {}).get("image_text", {}), tokenizer)
 
 
 @functools.lru_cache(maxsize=8)

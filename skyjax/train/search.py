@@ -3,8 +3,8 @@
 The estimate knows the products, the weights that must be gathered and the gradients that are summed; what goes through
 HBM and what lies there, it does not know. So the config's own choice is compiled first, and then, one change at a time
 from the fastest so far, what may be faster still by all that compiled plans have shown: of the same remat, its traffic
-a sample and its temporaries. Where nothing may be, the batch of the fastest is enlarged to what fits, and bisected where
-that does not fit or is slower.
+a sample and its temporaries. Where nothing may be, the batch of the fastest is enlarged to what fits, and bisected
+where that does not fit or is slower.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from skyjax.errors import UserError
-from skyjax.models import skysense
+from skyjax.models import lora, skysense
 from skyjax.objectives import image_text
 from skyjax.objectives.heads import init_heads, widths_of
 from skyjax.parallel.sharding import state_shardings
@@ -27,7 +27,7 @@ from skyjax.train.optimizer import make_optimizer
 State = dict[str, Any]
 
 # Set their draws apart from that of the encoder and the heads.
-_TABLE, _TEXT = 0x6E0, 0x7E87
+_TABLE, _TEXT, _LORA = 0x6E0, 0x7E87, 0x10A
 
 
 def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
@@ -51,18 +51,35 @@ def init(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> State:
 
 
 def init_params(config: ml_collections.ConfigDict, key: Key[Array, ""]) -> dict[str, Any]:
-    """Fresh parameters of encoder and heads, and of text tower and decoder where the model has them; float32."""
+    """Fresh parameters of encoder and heads, and of text tower and decoder where the model has them; float32.
+
+    With `config.lora` ({"targets", "rank", "scale"}; models/lora.py) there are adapters among them.
+    """
     encoder_key, heads_key = jax.random.split(key)
     heads = init_heads(config.objective, config.model, heads_key)
     if config.model.get("text"):
         text_key = jax.random.fold_in(key, _TEXT)
         head = image_text.init_head(config.objective, widths_of(config.model), config.model.text, text_key)
         heads |= {"image_text": head} if head else {}
-    return {
+    params = {
         "encoder": skysense.init(config.model, encoder_key),
         "heads": heads,
         **reading.init_params(config.model, jax.random.fold_in(key, _TEXT + 1)),
     }
+    if config.get("lora"):
+        return lora.add(params, config.lora.targets, rank=config.lora.rank, key=jax.random.fold_in(key, _LORA))
+    return params
+
+
+def merged(config: ml_collections.ConfigDict, params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters as models take them: without adapters, which are in the kernels that they move."""
+    return lora.merge(params, config.lora.scale) if config.get("lora") else params
+
+
+def abstract_params(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Shapes and types of `init_params`; nothing is allocated."""
+    params: dict[str, Any] = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return params
 
 
 def abstract(config: ml_collections.ConfigDict) -> State:

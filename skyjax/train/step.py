@@ -21,7 +21,7 @@ from skyjax.parallel.sharding import place_rows
 from skyjax.sample import MODALITIES, Batch
 from skyjax.train import reading
 from skyjax.train.optimizer import descend, learning_rate, make_optimizer, teacher_momentum
-from skyjax.train.state import State
+from skyjax.train.state import State, merged
 
 Metrics = dict[str, Float[Array, ""]]
 Params = dict[str, Any]
@@ -163,6 +163,7 @@ def compare(
       As `objective`. Where `table` is to move, terms have "centres" too: {"centres": (b, k, p), "regions": (b,)}, what
       the teacher's global views of each sample make of its region's prototypes.
     """
+    params, teacher = merged(config, params), merged(config, teacher)
     views = prepare(batch, statistics=statistics, augment=config.data.augment, seed=config.seed)
     views = {group: views[group] for group in ("global", "local") if group in views}
     keys = jax.random.split(key, len(views))

@@ -143,7 +143,7 @@ class Words:
             )
         except (ValueError, TypeError) as error:
             raise UserError(f"captions: {error}") from error
-        return tokenizer.decode(found.tokens, found.written)
+        return tokenizer.decode(np.asarray(found.tokens), np.asarray(found.written))
 
     def look(
         self, fused: Float[np.ndarray, "b h w d"], valid: Bool[np.ndarray, "b h w"], texts: Sequence[str], cells: int

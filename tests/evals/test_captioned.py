@@ -69,7 +69,7 @@ def test_images_may_lie_elsewhere(tmp_path):
 def test_an_image_of_two_places_is_not_guessed(tmp_path):
     path = split_file(tmp_path, "imgs")
     split_file(tmp_path / "more", "imgs")
-    with pytest.raises(UserError, match='several images are called "a.png"'):
+    with pytest.raises(UserError, match=r'several images are called "a\.png"'):
         open_captioned(path)
 
 
@@ -121,7 +121,7 @@ def test_labels_make_captions_where_there_are_none(tmp_path):
 
 def test_a_set_without_captions_is_refused(tmp_path):
     records.write([sample(1, ()), sample(2, ("a\tb\tc",))], tmp_path / "set")
-    with pytest.raises(UserError, match="none of the 2 images .* has a caption"):
+    with pytest.raises(UserError, match=r"none of the 2 images .* has a caption"):
         open_captioned(str(tmp_path / "set"))
     with pytest.raises(UserError, match="neither a split file"):
         open_captioned(str(tmp_path / "nothing"))
