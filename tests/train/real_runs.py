@@ -13,7 +13,7 @@ import jax
 from skyjax.config import to_json
 from skyjax.train import checkpoint, metrics, state
 
-PATIENCE = 300  # seconds for what takes 2 to 10 on a quiet machine
+PATIENCE = 900  # seconds for what takes 2 to 10 on a quiet machine
 TIMES = ("seconds", "samples_per_second")
 MARK = "evaluating"
 
