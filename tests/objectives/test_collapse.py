@@ -86,7 +86,7 @@ def test_the_alarm_goes_off_without_balancing_and_spread_and_is_silent_with_them
         with Journal(config, tmp_path, 0, 0.0) as journal:
             for i in range(STEPS):
                 values = {"loss": 1.0, "skipped": 0, "nonfinite_in_a_row": 0}
-                journal.log(i + 1, values | {"rank/fused": ranks[i], "spread/fused": spreads[i]})
+                journal.log(i + 1, values | {"bad_samples": 0, "rank/fused": ranks[i], "spread/fused": spreads[i]})
             journal.finish()
         return " ".join(capfd.readouterr().err.split()).count("features collapse")
 
