@@ -128,11 +128,12 @@ def find(path: pathlib.Path) -> pathlib.Path:
     """
     if not path.exists():
         raise UserError(f'checkpoint: there is no "{path}"; give a run\'s --workdir or one of its checkpoints')
+    if found := steps(path / FOLDER):  # first: a run may be called "7", as a checkpoint is
+        return path / FOLDER / str(found[-1])
     if path.name.isdigit() and ocp.is_orbax_checkpoint(path):
         return path
-    for folder in (path / FOLDER, path):
-        if found := steps(folder):
-            return folder / str(found[-1])
+    if found := steps(path):
+        return path / str(found[-1])
     raise UserError(
         f'checkpoint: "{path}" holds none; train first, or give a run\'s --workdir or one of its checkpoints'
     )

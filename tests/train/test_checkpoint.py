@@ -162,6 +162,9 @@ def test_find_takes_a_run_a_folder_or_one_checkpoint(folder, tmp_path):
     for path in (tmp_path, folder, folder / "5"):
         assert checkpoint.find(path) == folder / "5"
     assert checkpoint.find(folder / "2") == folder / "2"
+    numbered = tmp_path / "7"
+    shutil.copytree(folder, numbered / checkpoint.FOLDER)
+    assert checkpoint.find(numbered) == numbered / checkpoint.FOLDER / "5"
     with pytest.raises(UserError, match='there is no "'):
         checkpoint.find(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
