@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 
+import ml_collections
 import numpy as np
 import pytest
 
@@ -134,3 +135,39 @@ def tiny_config(sample_records):
     All modalities compile in half a minute; fewer in less.
     """
     return functools.partial(make_tiny_config, sample_records)
+
+
+@pytest.fixture(scope="session")
+def add_words():
+    """A function (config, tokenizer, length) that gives a config of `tiny_config` a text tower, a decoder and terms."""
+
+    def add(config, tokenizer, length, captions=2, from_labels=2, kind="sigmoid"):
+        tower = {"vocabulary": tokenizer.size, "length": length, "width": 16, "depth": 1, "heads": 2}
+        with config.unlocked():
+            config.data.text = ml_collections.ConfigDict(
+                {
+                    "tokenizer": str(tokenizer.path),
+                    "length": length,
+                    "captions": captions,
+                    "from_labels": from_labels,
+                    "metadata": False,
+                }
+            )
+            config.model.text = ml_collections.ConfigDict({**tower, "embed_dim": 8, "causal": False, "pool": "last"})
+            config.model.decoder = ml_collections.ConfigDict({**tower, "tied": True})
+            config.objective.weights.update({"text": 1.0, "words": 0.5, "caption": 1.0})
+            config.objective.text = ml_collections.ConfigDict(
+                {
+                    "kind": kind,
+                    "streams": ("sar", "fused"),
+                    "temperature": 0.1,
+                    "bias": -5.0,
+                    "bounds": (0.01, 1.0),
+                    "chunk": 2,
+                    "words": {"scales": (1, 2), "group": 2, "sharpness": 0.1, "temperature": 0.1},
+                }
+            )
+            config.optimizer.learning_rate_multipliers = ((".*", 1.0),)
+        return config
+
+    return add

@@ -185,16 +185,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for, prints the table and writes the files."""
-    result = run(
-        arguments.checkpoint,
-        arguments.dataset,
-        split=arguments.split,
-        images=arguments.images,
-        sensor=arguments.sensor,
-        bands=tuple(name for name in (arguments.bands or "").split(",") if name),
-        image_size=arguments.image_size,
-        decode=arguments.decode,
-        seed=arguments.seed,
-    )
+    result = run(arguments.checkpoint, arguments.dataset, **probe.options_of(arguments, Options))
     probe.tell(result, arguments, print_table)
     return result

@@ -318,8 +318,8 @@ def _settings(model: Encoder, sites: Sequence[Site], options: Options) -> dict[s
 
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for, prints the table and writes the files."""
-    result = run(
-        arguments.checkpoint, arguments.dataset, label=arguments.label, modality=arguments.modality, seed=arguments.seed
-    )
+    options = probe.options_of(arguments, Options)
+    del options["block"]  # --block is of segmentation, whose maps are smaller
+    result = run(arguments.checkpoint, arguments.dataset, **options)
     probe.tell(result, arguments)
     return result

@@ -362,21 +362,21 @@ def add_arguments(parser: argparse.ArgumentParser, other_tasks: tuple[str, ...] 
     parser.add_argument("--csv", metavar="FILE", help="append the rows to a CSV file")
 
 
+def options_of(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
+    """What the command line says of a task's options, by their names; `run` is told task and data set by itself.
+
+    Args:
+      arguments: of `skyjax eval`.
+      kind: the task's dataclass of options.
+    """
+    given = vars(arguments) | {"bands": tuple(name for name in (arguments.bands or "").split(",") if name)}
+    names = {field.name for field in dataclasses.fields(kind)} - {"task", "dataset"}
+    return {name: value for name, value in given.items() if name in names}
+
+
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for, prints the table and writes the files."""
-    result = run(
-        arguments.checkpoint,
-        arguments.task,
-        arguments.dataset,
-        test_dataset=arguments.test_dataset,
-        train_per_class=arguments.train_per_class,
-        modality=arguments.modality,
-        sensor=arguments.sensor,
-        bands=tuple(name for name in (arguments.bands or "").split(",") if name),
-        label=arguments.label,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-    )
+    result = run(arguments.checkpoint, arguments.task, arguments.dataset, **options_of(arguments, Options))
     tell(result, arguments)
     return result
 

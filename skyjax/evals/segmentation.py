@@ -344,15 +344,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for, prints the table and writes the files."""
-    result = run(
-        arguments.checkpoint,
-        arguments.dataset,
-        label=arguments.label,
-        modality=arguments.modality,
-        block=arguments.block,
-        gap=arguments.gap,
-        folds=arguments.folds,
-        seed=arguments.seed,
-    )
+    result = run(arguments.checkpoint, arguments.dataset, **probe.options_of(arguments, Options))
     probe.tell(result, arguments)
     return result

@@ -370,13 +370,6 @@ def _settings(model: Encoder, asked: QuestionSet, options: Options, dimension: i
 
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for, prints the table and writes the files."""
-    result = run(
-        arguments.checkpoint,
-        arguments.dataset,
-        test_dataset=arguments.test_dataset,
-        modality=arguments.modality,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-    )
+    result = run(arguments.checkpoint, arguments.dataset, **probe.options_of(arguments, Options))
     probe.tell(result, arguments)
     return result

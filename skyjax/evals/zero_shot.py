@@ -197,17 +197,6 @@ def _same_words(classes: Sequence[str]) -> list[str]:
 
 def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """Runs what the command line asks for, prints the table and writes the files."""
-    result = run(
-        arguments.checkpoint,
-        arguments.dataset,
-        split=arguments.split,
-        train_per_class=arguments.train_per_class,
-        modality=arguments.modality,
-        sensor=arguments.sensor,
-        bands=tuple(name for name in (arguments.bands or "").split(",") if name),
-        label=arguments.label,
-        image_size=arguments.image_size,
-        seed=arguments.seed,
-    )
+    result = run(arguments.checkpoint, arguments.dataset, **probe.options_of(arguments, Options))
     probe.tell(result, arguments)
     return result

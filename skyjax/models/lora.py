@@ -14,13 +14,14 @@ optimizer.learning_rate_multipliers: (".*/lora_[ab]", 1.0) beside 0.0 for the re
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from skyjax.errors import UserError, nearest
+from skyjax.models.parameters import leaves
 
 Params = dict[str, Any]
 
@@ -42,7 +43,7 @@ def add(params: Mapping[str, Any], targets: str, *, rank: int, key: jax.Array) -
     """
     if rank < 1:
         raise UserError(f"lora: rank is {rank}; set it to 1 or more")
-    paths = dict(_leaves(params))
+    paths = dict(leaves(params))
     chosen = [path for path in paths if re.fullmatch(targets, path)]
     if not chosen:
         kernels = [path for path in paths if path.endswith(f"/{KERNEL}")]
@@ -78,14 +79,6 @@ def merge(params: Mapping[str, Any], scale: float) -> Params:
         product = jnp.einsum("...ir,...ro->...io", down, flat, precision="highest")
         merged[KERNEL] = kernel + (scale * product).reshape(kernel.shape).astype(kernel.dtype)
     return merged
-
-
-def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}/")
-        else:
-            yield path + name, value
 
 
 def _axes(path: str, kernel: Any) -> tuple[tuple[int, ...], int, tuple[int, ...]] | None:

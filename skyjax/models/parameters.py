@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,15 @@ def table(params: Any, *, levels: int = 1) -> Table:
         part = "/".join(row.path.split("/")[:levels])
         parts[part] = parts.get(part, 0) + row.count
     return Table(rows, parts, sum(row.count for row in rows))
+
+
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every array of a nested dict by its path with slashes, in the order of the dict."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{path}{name}/")
+        else:
+            yield path + name, value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def init_heads(config: ml_collections.ConfigDict, model: ml_collections.ConfigDi
     if config.weights.alignment and len(modalities) > 1:
         keys = dict(zip(MODALITIES, jax.random.split(jax.random.fold_in(key, 1000), len(MODALITIES)), strict=True))
         heads["alignment"] = {
-            **{m: {"kernel": _kernel(keys[m], model.spatial_width, config.head_bottleneck)} for m in modalities},
+            **{m: {"kernel": kernel(keys[m], model.spatial_width, config.head_bottleneck)} for m in modalities},
             "temperature": jnp.log(jnp.float32(config.alignment.temperature)),
         }
     return {name: head for name, head in heads.items() if head}
@@ -142,10 +142,11 @@ def _init_head(config: ml_collections.ConfigDict, width: int, key: Array) -> Par
 
 
 def _init_dense(key: Array, width: int, out: int) -> Params:
-    return {"kernel": _kernel(key, width, out), "bias": jnp.zeros(out)}
+    return {"kernel": kernel(key, width, out), "bias": jnp.zeros(out)}
 
 
-def _kernel(key: Array, width: int, out: int) -> Float[Array, "c d"]:
+def kernel(key: Array, width: int, out: int) -> Float[Array, "c d"]:
+    """A fresh matrix of a linear layer."""
     # The variance of the input is kept: DINO's 0.02 would leave a narrow head of a small model almost linear.
     return jax.random.normal(key, (width, out)) / jnp.sqrt(width)
 

@@ -86,7 +86,7 @@ def init_head(
     if config.weights.get("text"):
         head |= {
             "streams": {
-                stream: {"kernel": _kernel(keys[heads.STREAMS.index(stream)], widths[stream], text.embed_dim)}
+                stream: {"kernel": heads.kernel(keys[heads.STREAMS.index(stream)], widths[stream], text.embed_dim)}
                 for stream in options.streams
             },
             "temperature": jnp.log(jnp.float32(options.temperature)),
@@ -95,8 +95,8 @@ def init_head(
             head["bias"] = jnp.float32(options.bias)
     if config.weights.get("words"):
         head["local"] = {
-            "places": {"kernel": _kernel(keys[-2], widths["fused"], text.embed_dim)},
-            "words": {"kernel": _kernel(keys[-1], text.width, text.embed_dim)},
+            "places": {"kernel": heads.kernel(keys[-2], widths["fused"], text.embed_dim)},
+            "words": {"kernel": heads.kernel(keys[-1], text.width, text.embed_dim)},
             "temperature": jnp.log(jnp.float32(options.words.temperature)),
         }
     return head
@@ -286,7 +286,3 @@ def captioning(written: Written, chunk: int) -> tuple[Float[Array, ""], Float[Ar
 
     parts = jax.tree.map(split, (written.hidden, written.targets, written.counted))
     return jnp.sum(jax.lax.map(jax.checkpoint(of_chunk), parts)), written.counted.sum().astype(jnp.float32)
-
-
-def _kernel(key: Array, width: int, out: int) -> Float[Array, "c e"]:
-    return jax.random.normal(key, (width, out)) / jnp.sqrt(width)

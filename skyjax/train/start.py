@@ -7,13 +7,14 @@ learning-rate multiplier of 0; so one sensor is aligned to words that others met
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_collections
 
 from skyjax.errors import UserError, nearest
+from skyjax.models.parameters import leaves
 from skyjax.train.pretrained import Pretrained
 from skyjax.train.state import State
 
@@ -30,15 +31,15 @@ def take_over(state: State, start: ml_collections.ConfigDict) -> State:
     Raises:
       UserError: the checkpoint cannot be read, nothing matches, or a parameter has another shape there.
     """
-    earlier = dict(_leaves(_parts(Pretrained.load(start.checkpoint))))
-    paths = [path for path, _ in _leaves(state["params"]) if re.fullmatch(start.parameters, path)]
+    earlier = dict(leaves(_parts(Pretrained.load(start.checkpoint))))
+    paths = [path for path, _ in leaves(state["params"]) if re.fullmatch(start.parameters, path)]
     taken = [path for path in paths if path in earlier]
     if not taken:
         raise UserError(
             f'config: start.parameters "{start.parameters}" matches no parameter that "{start.checkpoint}" has'
             f"{nearest(start.parameters, earlier)}"
         )
-    own = dict(_leaves(state["params"]))
+    own = dict(leaves(state["params"]))
     other = [f"{p} {own[p].shape} (there {earlier[p].shape})" for p in taken if own[p].shape != earlier[p].shape]
     if other:
         more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
@@ -66,11 +67,3 @@ def _parts(model: Pretrained) -> dict[str, Any]:
     if words is None:
         return {"encoder": model.params}
     return {"encoder": model.params, **words.params, "heads": {"image_text": words.head}}
-
-
-def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{path}{name}/")
-        else:
-            yield path + name, value

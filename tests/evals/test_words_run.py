@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 
-import ml_collections
 import numpy as np
 import pytest
 
@@ -18,7 +17,7 @@ LENGTH = 24
 
 
 @pytest.fixture(scope="module")
-def run(tiny_config, sample_records, tmp_path_factory):
+def run(tiny_config, add_words, sample_records, tmp_path_factory):
     """A workdir after one step, and sites of one modality with captions and a class."""
     folder = tmp_path_factory.mktemp("words")
     corpus = folder / "captions.txt"
@@ -37,33 +36,10 @@ def run(tiny_config, sample_records, tmp_path_factory):
         sites[number] = dataclasses.replace(site, sequences={"sar": dataclasses.replace(sequence, **parts)})
     records.write(sites, folder / "records", about={"label_names": {"class": ["Forest", "Town"]}})
     config = tiny_config(modalities=("sar",), steps=1, data__local_views__count=0)
-    tower = {"vocabulary": tokenizer.size, "length": LENGTH, "width": 16, "depth": 1, "heads": 2}
+    add_words(config, tokenizer, LENGTH, captions=1, from_labels=0, kind="softmax")
     with config.unlocked():
         config.data.sources = ((str(folder / "records"), 1.0),)
-        config.data.text = ml_collections.ConfigDict(
-            {
-                "tokenizer": str(tokenizer.path),
-                "length": LENGTH,
-                "captions": 1,
-                "from_labels": 0,
-                "metadata": False,
-            }
-        )
-        config.model.text = ml_collections.ConfigDict({**tower, "embed_dim": 8, "causal": False, "pool": "last"})
-        config.model.decoder = ml_collections.ConfigDict({**tower, "tied": True})
-        config.objective.weights.update({"pixel": 0, "object": 0, "text": 1.0, "words": 0.5, "caption": 1.0})
-        config.objective.text = ml_collections.ConfigDict(
-            {
-                "kind": "softmax",
-                "streams": ("fused", "sar"),
-                "temperature": 0.1,
-                "bias": -10.0,
-                "bounds": (0.01, 1.0),
-                "chunk": 4,
-                "words": {"scales": (1, 2), "group": 4, "sharpness": 0.1, "temperature": 0.1},
-            }
-        )
-        config.optimizer.learning_rate_multipliers = (("(encoder|heads|text|decoder)/.*", 1.0),)
+        config.objective.weights.update({"pixel": 0, "object": 0})
         config.optimizer.weight_decay_multipliers = ((".*", 0.0),)
     loop.train(config, folder / "run", report=lambda workdir: workdir)
     return folder / "run", folder / "records"

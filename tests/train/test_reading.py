@@ -28,7 +28,7 @@ DECAYS = ((r".*/(bias|scale|positions|dates|extra_token|class_token|logit_scale|
 
 
 @pytest.fixture(scope="module")
-def config(tiny_config, sample_records, tmp_path_factory):
+def config(tiny_config, add_words, sample_records, tmp_path_factory):
     """Sites of one modality; two of three have texts."""
     folder = tmp_path_factory.mktemp("words")
     corpus = folder / "captions.txt"
@@ -40,33 +40,9 @@ def config(tiny_config, sample_records, tmp_path_factory):
     ]
     records.write([site for site in sites if "sar" in site.sequences], folder / "records")
     config = tiny_config(modalities=("sar",), steps=4, data__local_views__count=0)
-    tower = {"vocabulary": tokenizer.size, "length": LENGTH, "width": 16, "depth": 1, "heads": 2}
+    add_words(config, tokenizer, LENGTH)
     with config.unlocked():
         config.data.sources = ((str(folder / "records"), 1.0),)
-        config.data.text = ml_collections.ConfigDict(
-            {
-                "tokenizer": str(tokenizer.path),
-                "length": LENGTH,
-                "captions": 2,
-                "from_labels": 2,
-                "metadata": False,
-            }
-        )
-        config.model.text = ml_collections.ConfigDict({**tower, "embed_dim": 8, "causal": False, "pool": "last"})
-        config.model.decoder = ml_collections.ConfigDict({**tower, "tied": True})
-        config.objective.weights.update({"text": 1.0, "words": 0.5, "caption": 1.0})
-        config.objective.text = ml_collections.ConfigDict(
-            {
-                "kind": "sigmoid",
-                "streams": ("sar", "fused"),
-                "temperature": 0.1,
-                "bias": -5.0,
-                "bounds": (0.01, 1.0),
-                "chunk": 2,
-                "words": {"scales": (1, 2), "group": 2, "sharpness": 0.1, "temperature": 0.1},
-            }
-        )
-        config.optimizer.learning_rate_multipliers = ((".*", 1.0),)
         config.optimizer.weight_decay_multipliers = (*DECAYS, (r".*/(kernel|classes)", 1.0))
     return config
 
