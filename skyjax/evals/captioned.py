@@ -9,7 +9,6 @@ folder of such with subfolders train, val, test. Out: `CaptionedSet`, whose imag
 import collections
 import dataclasses
 import functools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,14 +18,14 @@ import numpy as np
 
 from skyjax.errors import BadRecord, UserError, nearest
 from skyjax.evals.reading import look_at
-from skyjax.evals.sources import DEFAULT_SENSOR, PART_NAMES, Example, band_names
-from skyjax.input.images import SUFFIXES, image_sample, list_images, read_image
+from skyjax.evals.sources import DEFAULT_SENSOR, Example, band_names
+from skyjax.input.images import image_sample, read_image
 from skyjax.input.records import DESCRIPTION, RecordSource
+from skyjax.input.split_file import PART_NAMES, read_split_file
 from skyjax.sample import Sample
 from skyjax.sensors import get_sensor
 
 ALL = "all"
-_PARTS = PART_NAMES | {"restval": "train"}  # what COCO's split file calls the rest of its validation images
 _TAKEN = ("test", "val", "train")  # the first that there is, where no split is named
 
 # A sample without captions and the names of its label numbers -> captions for it.
@@ -128,7 +127,7 @@ def _choose(path: str, entries: Sequence[_Entry], split: str | None) -> tuple[li
     if split == ALL or (split is None and set(counts) <= {""}):
         return list(entries), "all images"
     wanted = next((part for part in _TAKEN if part in counts), None) if split is None else split.lower()
-    wanted = _PARTS.get(wanted or "", wanted)
+    wanted = PART_NAMES.get(wanted or "", wanted)
     found = [entry for entry in entries if entry.part == wanted]
     if not found:
         there = ", ".join(f"{part or 'no split'} ({count:,})" for part, count in sorted(counts.items()))
@@ -144,87 +143,15 @@ def _split_file(
     path: pathlib.Path, images: str | None, sensor: str | None, bands: tuple[str, ...]
 ) -> tuple[list[_Entry], list[str]]:
     table = get_sensor(sensor or DEFAULT_SENSOR)
-    told = _read(path)
-    if images is not None and not pathlib.Path(images).is_dir():
-        raise UserError(f'--images={images}: there is no such folder; name the one that holds the images of "{path}"')
-    find = _Finder(path, pathlib.Path(images) if images is not None else path.parent)
-    files = [find(str(entry.get("filepath") or ""), _filename(path, entry)) for entry in told]
+    listed = read_split_file(path, pathlib.Path(images) if images is not None else None)
     names = bands
-    if files and files[0].is_file():
-        names = band_names(table, bands, read_image(files[0]).shape[2], f'"{files[0]}"')
+    if listed[0].file.is_file():
+        names = band_names(table, bands, read_image(listed[0].file).shape[2], f'"{listed[0].file}"')
     entries = []
-    for entry, file in zip(told, files, strict=True):
-        read = functools.partial(image_sample, file, table.key, names, source=path.stem)
-        part = str(entry.get("split") or "").lower()
-        entries.append(_Entry(_PARTS.get(part, part), _raw(entry), Example(file.name, 0, "", read)))
+    for each in listed:
+        read = functools.partial(image_sample, each.file, table.key, names, source=path.stem)
+        entries.append(_Entry(each.part, each.texts, Example(each.file.name, 0, "", read)))
     return entries, ["dates are unknown: every image has day 0"]
-
-
-def _read(path: pathlib.Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f'dataset: there is no file "{path}"; name a split file or a skyjax dataset')
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f'"{path}" is not JSON: {error}') from error
-    listed = told.get("images") if isinstance(told, dict) else None
-    if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
-        raise UserError(f'"{path}" is no split file: it has no list "images" whose entries have filename and sentences')
-    if not listed:
-        raise UserError(f'"{path}" lists no images')
-    return listed
-
-
-def _filename(path: pathlib.Path, entry: Mapping[str, Any]) -> str:
-    name = entry.get("filename") or entry.get("file_name")
-    if not isinstance(name, str):
-        raise UserError(f'"{path}": an entry of "images" has no filename: {json.dumps(entry)[:120]}')
-    return name
-
-
-def _raw(entry: Mapping[str, Any]) -> tuple[str, ...]:
-    """An entry's sentences as they are; from their tokens where they are not."""
-    found = []
-    for sentence in entry.get("sentences") or ():
-        tokens = sentence.get("tokens") if isinstance(sentence, dict) else None
-        text = sentence if isinstance(sentence, str) else sentence.get("raw") or " ".join(tokens or ())
-        found.append(" ".join(text.split()))
-    return tuple(text for text in found if text)
-
-
-class _Finder:
-    """Finds a split file's images: in the folder itself, else by their name anywhere below it."""
-
-    def __init__(self, path: pathlib.Path, folder: pathlib.Path):
-        self._path, self._folder = path, folder
-
-    def __call__(self, below: str, name: str) -> pathlib.Path:
-        """The file.
-
-        Raises:
-          UserError: there is none, or several of this name.
-        """
-        for file in (self._folder / below / name, self._folder / name):
-            if file.is_file():
-                return file
-        found = self._by_name.get(pathlib.PurePosixPath(name).name, [])
-        if len(found) == 1:
-            return found[0]
-        if not found:
-            raise UserError(
-                f'"{self._path}": there is no image "{name}" in "{self._folder}" or below it'
-                f" ({' '.join(SUFFIXES)}); say by --images=DIR where they are"
-            )
-        raise UserError(
-            f'"{self._path}": several images are called "{name}": {found[0]}, {found[1]}; say by --images=DIR which'
-        )
-
-    @functools.cached_property
-    def _by_name(self) -> dict[str, list[pathlib.Path]]:
-        found: dict[str, list[pathlib.Path]] = {}
-        for file in list_images(self._folder):
-            found.setdefault(file.name, []).append(file)
-        return found
 
 
 # skyjax datasets
@@ -234,7 +161,7 @@ def _records(folder: pathlib.Path, make: Make | None) -> tuple[list[_Entry], lis
     parts: Iterable[tuple[str, pathlib.Path]] = [("", folder)]
     if not (folder / DESCRIPTION).is_file():
         inside = sorted(folder.iterdir()) if folder.is_dir() else []
-        parts = [(_PARTS[each.name.lower()], each) for each in inside if each.name.lower() in _PARTS]
+        parts = [(PART_NAMES[each.name.lower()], each) for each in inside if each.name.lower() in PART_NAMES]
         parts = [(part, each) for part, each in parts if (each / DESCRIPTION).is_file()]
     if not parts:
         raise UserError(

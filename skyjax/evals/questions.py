@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Int
 from skyjax.errors import BadRecord, UserError
 from skyjax.evals.datasets import hold_out
 from skyjax.evals.reading import look_at
-from skyjax.evals.sources import PART_NAMES, Example
+from skyjax.evals.sources import Example
 from skyjax.input.records import DESCRIPTION, RecordSource
+from skyjax.input.split_file import PART_NAMES
 from skyjax.sample import Sample
 
 UNTYPED = "question"

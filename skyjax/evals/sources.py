@@ -15,11 +15,11 @@ import numpy as np
 from skyjax.errors import BadRecord, UserError, nearest
 from skyjax.input.images import SUFFIXES, image_sample, list_images, read_image
 from skyjax.input.records import DESCRIPTION, RecordSource
+from skyjax.input.split_file import PART_NAMES
 from skyjax.sample import Sample, make_sequence
 from skyjax.sensors import Sensor, get_sensor, sensors
 
 DEFAULT_SENSOR = "rgb"
-PART_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _TFDS_FILE = "features.json"
 
 
