@@ -29,6 +29,8 @@ from skyjax.evals.progress import track
 
 TASKS = ("knn", "linear")
 PRETRAINED, UNTRAINED = "pre-trained encoder", "untrained encoder"
+DECODER = "decoder"  # of a row that the checkpoint writes itself, without a small model
+OURS = (PRETRAINED, DECODER)  # rows that know of the training
 STATISTICS, CONVOLUTION = "image statistics", "random convolutional features"
 _PART_WORDS = {"val": "validation"}
 LARGEST = 4  # times the training view's side; larger images are shrunk, unless --image-size says otherwise
@@ -296,7 +298,7 @@ def print_table(result: Mapping[str, Any], console: rich.console.Console | None 
             for row in result["rows"]
             if row["features"] == name
         ]
-        style = "bold" if name == PRETRAINED else None
+        style = "bold" if name in OURS else None
         table.add_row(name, str(about["dimension"]), *cells, style=style)
     console.print(table)
     classes = rich.table.Table(title=f"{PRETRAINED}, by class, %", title_justify="left")

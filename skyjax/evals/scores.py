@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from skyjax.evals.charts import confusion_matrix, interval, short, ticks
-from skyjax.evals.probe import PRETRAINED
+from skyjax.evals.probe import OURS, PRETRAINED
 from skyjax.train.loop import write_files
 
 PROBES = "probe.json"  # in a run's directory
@@ -33,7 +33,7 @@ class Row:
     @property
     def baseline(self) -> bool:
         """Whether these features know nothing of the pre-training."""
-        return self.features != PRETRAINED
+        return self.features not in OURS
 
 
 def read_probes(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ shown likewise. The head (evals/bilinear.py) sees the mean, the spread and the l
 image's places, since a mean alone does not count, and the question: its words and pairs of words, and beside them the
 text tower's features where the checkpoint has one.
 
-Rows: the trained encoder, the same untrained, image statistics, the question without an image, and the answer that is
-most common for the question's type in the training part. Columns: accuracy by type, the mean of types ("average") and
+Rows: the trained encoder, what the checkpoint's decoder writes where it has one (evals/answering.py), the encoder
+untrained, image statistics, the question without an image, and the answer that is most common for the question's type
+in the training part. Columns: accuracy by type, the mean of types ("average") and
 the share of all questions ("overall"), as RSVQA reports them, on answers classed as there; "as written" is the accuracy
 on a type's answers that were not classed, of which the head knows the most common ones.
 """
@@ -25,11 +26,12 @@ from jaxtyping import Bool, Float, Int
 
 import skyjax
 from skyjax.errors import UserError
-from skyjax.evals import bilinear, probe
+from skyjax.evals import answering, bilinear, probe
+from skyjax.evals.answering import Answerer
 from skyjax.evals.baselines import fill, finite_mean, image_statistics
 from skyjax.evals.bootstrap import RESAMPLES, sentence, with_interval
 from skyjax.evals.features import FUSED, Encoder, untrained
-from skyjax.evals.probe import PRETRAINED, STATISTICS, UNTRAINED
+from skyjax.evals.probe import DECODER, OURS, PRETRAINED, STATISTICS, UNTRAINED
 from skyjax.evals.progress import track
 from skyjax.evals.questions import QuestionSet, bag_of_words, open_questions
 from skyjax.sample import Sample
@@ -39,10 +41,7 @@ QUESTION, MAJORITY = "question alone", "most common answer of the type"
 AVERAGE, OVERALL = "average", "overall"
 MOST_QUESTIONS = 20_000  # that train; more say little more about the same images
 MOST_ANSWERS = 100  # of those as written
-_BATCH = 8
-
-# (samples, questions) -> answers in words: one that writes instead of choosing.
-Answerer = Callable[[Sequence[Sample], Sequence[str]], Sequence[str]]
+_BATCH = answering.IMAGES  # one shape of images for all rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,12 +83,13 @@ def compare(
       model: as `skyjax.load` returns it.
       fresh: the same untrained.
       options: see there.
-      answerers: name of a row -> who answers in words. An answer is right where its class is that of the true one.
+      answerers: name of a row -> who answers in words, beside the model's own decoder. An answer is right where its
+        class is that of the true one.
 
     Returns:
       As `probe.compare`, with these differences: a row's `method` is the type of question that `accuracy`, `low` and
-      `high` are of; `paired` has for each baseline and type the difference, pre-trained minus baseline, with its
-      interval over the same images; `per_class` is of classes of answers.
+      `high` are of; `paired` has for each baseline and type the difference, `features` (the pre-trained encoder, or the
+      decoder) minus `baseline`, with its interval over the same images; `per_class` is of classes of answers.
     """
     known = (FUSED, *model.config.model.modalities)
     if options.modality not in known:
@@ -114,12 +114,16 @@ def compare(
         said[name], chosen[name] = _answers(asked, bilinear.Asked(words, asked.image, images), train, test, options)
         spent[name] = round(time.perf_counter() - start, 2)
     said[MAJORITY] = _most_common(asked, train, test)
-    for name, answerer in (answerers or {}).items():
-        said[name] = _written(asked, test, answerer)
+    written = [answer for answer, tests in zip(asked.answer, asked.test, strict=True) if not tests]
+    for name, answerer in {**answering.own(model, written), **(answerers or {})}.items():
+        start = time.perf_counter()
+        said[name] = _written(asked, test, answerer, name)
+        spent[name] = round(time.perf_counter() - start, 2)
+    said = {name: said[name] for name in sorted(said, key=lambda name: name not in OURS)}
     dimension = {name: 0 if images is None else images.shape[1] for name, images in jobs.items()}
     return _result(asked, test, said, options, dimension, chosen, seconds | spent) | {
         "sizes": {"train": len(train), "val": 0, "test": len(test)},
-        "settings": _settings(model, asked, options, len(words.T)),
+        "settings": _settings(model, asked, options, len(words.T), DECODER in said),
     }
 
 
@@ -237,14 +241,21 @@ def _most_common(
     return of(asked.classed), of(asked.answer)
 
 
-def _written(asked: QuestionSet, test: Int[np.ndarray, "m"], answerer: Answerer) -> tuple[np.ndarray, np.ndarray]:
-    """What an answerer writes, and its class."""
-    words: list[str] = []
-    for first in range(0, len(test), _BATCH):
-        which = test[first : first + _BATCH]
-        words += answerer([asked.read(int(asked.image[i])) for i in which], [asked.question[i] for i in which])
-    classes = asked.class_of([asked.kind[i] for i in test], words)
-    return np.array(classes, object), np.array(words, object)
+def _written(
+    asked: QuestionSet, test: Int[np.ndarray, "m"], answerer: Answerer, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The class of what an answerer writes, and what it writes."""
+    order = np.argsort(asked.image[test], kind="stable")
+    images, starts = np.unique(asked.image[test][order], return_index=True)
+    own = np.split(order, starts[1:])
+    words = np.empty(len(test), object)
+    for first in track(range(0, len(images), _BATCH), -(-len(images) // _BATCH), f"answers: {name}"):
+        rows = own[first : first + _BATCH]
+        samples = [asked.read(int(i)) for i in images[first : first + _BATCH]]
+        said = answerer(samples, [[asked.question[test[i]] for i in each] for each in rows])
+        for each, texts in zip(rows, said, strict=True):
+            words[each] = texts
+    return np.array(asked.class_of([asked.kind[i] for i in test], words.tolist()), object), words
 
 
 # Scores
@@ -301,12 +312,14 @@ def _result(
     methods = list(scores[PRETRAINED])
     paired = [
         {
+            "features": ours,
             "baseline": name,
             "metric": method,
-            **_interval(scores[PRETRAINED][method] - scores[name][method], "difference"),
+            **_interval(scores[ours][method] - scores[name][method], "difference"),
         }
-        for name in said
-        if name != PRETRAINED
+        for ours in (PRETRAINED, DECODER)
+        for name in (said if ours in said else ())
+        if name not in (PRETRAINED, ours)
         for method in methods
     ]
     names = sorted(set(truth.tolist()))
@@ -316,6 +329,7 @@ def _result(
         "dataset": options.dataset,
         "test_dataset": options.test_dataset,
         "metric": "accuracy",
+        "headline": OVERALL,
         "classes": names,
         "rows": [
             {
@@ -338,7 +352,7 @@ def _result(
         },
         "notes": [
             *asked.notes,
-            *(sentence(each, PRETRAINED) for each in paired if each["baseline"] in (MAJORITY, QUESTION)),
+            *(sentence(each, each["features"]) for each in paired if each["baseline"] in (MAJORITY, QUESTION)),
         ],
     }
 
@@ -348,7 +362,7 @@ def _interval(values: Float[np.ndarray, "r"], name: str) -> dict[str, float]:
     return with_interval(values[0], values[1:], name)
 
 
-def _settings(model: Encoder, asked: QuestionSet, options: Options, dimension: int) -> dict[str, Any]:
+def _settings(model: Encoder, asked: QuestionSet, options: Options, dimension: int, decoder: bool) -> dict[str, Any]:
     kind = "fused features" if options.modality == FUSED else f"{options.modality} encoder's features"
     tower = " and the text tower's features" if getattr(model, "words", None) is not None else ""
     return {
@@ -363,6 +377,7 @@ def _settings(model: Encoder, asked: QuestionSet, options: Options, dimension: i
         "questions": f"words and pairs of words{tower}, {dimension} in all",
         "head": "logistic regression on principal axes of question and image and their products; axes and C by"
         f" {bilinear.FOLDS} folds of training images",
+        **({DECODER: "writes greedily, on the fused features of all places"} if decoder else {}),
         "interval": f"95 %, bootstrap over test images, {RESAMPLES} draws; differences are paired",
         "seed": options.seed,
     }

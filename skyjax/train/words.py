@@ -23,6 +23,7 @@ from skyjax.objectives.heads import unit
 from skyjax.objectives.image_text import attend, grids
 
 BATCH_SIZE = 64
+ROOM = 8  # tokens that too long a question leaves to its answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Words:
         tokenizer, length = self.tokenizer, self.config.data.text.length
         prompt: dict[str, Any] = {}
         if questions is not None:
-            asked = tokenizer.encode_pairs(questions, [None] * len(questions), length)
+            asked = tokenizer.encode_pairs(questions, [None] * len(questions), max(length - ROOM, length // 2, 3))
             prompt = {"prompt": asked[0], "prompt_valid": asked[1]}
         try:
             decoding = generate.Decoding(

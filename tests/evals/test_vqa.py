@@ -69,8 +69,71 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(folder):
-    yes = {"always yes": lambda samples, asked: ["yes"] * len(asked)}
+    yes = {"always yes": lambda samples, asked: [["yes"] * len(each) for each in asked]}
     return vqa.compare(Brightness(1.0), Brightness(0.0), vqa.Options(str(folder)), answerers=yes)
+
+
+class Writer:
+    """Stands in for the text side: it sees whether a place is dark, and writes what `asked_of` makes of it."""
+
+    can_caption = True
+    config = ml_collections.ConfigDict({"data": {"text": {"length": 9}}})
+
+    def __init__(self):
+        self.tokenizer = self
+        self.shapes = set()
+
+    def encode(self, texts, length=None):
+        if length is None:  # the tower's
+            return np.array([[1.0, "lake" in text] for text in texts], np.float32)
+        return list(texts), None
+
+    def decode(self, tokens, valid):
+        """As an uncased tokenizer does."""
+        return [text.lower() for text in tokens]
+
+    def caption(self, fused, valid, questions):
+        self.shapes.add(fused.shape)
+        there = [("lake" in q) == (f[..., 0].mean() < 85) for f, q in zip(fused, questions, strict=True)]
+        return [
+            ("103" if each else "0") if "many" in q else ("yes" if each else "no")
+            for each, q in zip(there, questions, strict=True)
+        ]
+
+
+def test_the_decoder_answers_beside_the_others(folder, tmp_path):
+    """Each image is encoded once for all of its questions; what an uncased tokenizer writes is known again."""
+    for part in ("train", "val"):
+        source = records.RecordSource(folder / part)
+        samples = [source[i] for i in range(len(source))]
+        texts = [tuple(text.replace("\tyes", "\tYes") for text in sample.texts) for sample in samples]
+        kept = [slice(1 + 2 * (i % 5)) for i in range(len(samples))]  # as many questions as it happens, or none
+        samples = [dataclasses.replace(s, texts=t[k]) for s, t, k in zip(samples, texts, kept, strict=True)]
+        records.write(samples, tmp_path / part)
+    model = Brightness(1.0)
+    model.words = Writer()
+    alone = vqa.compare(Brightness(1.0), Brightness(0.0), vqa.Options(str(tmp_path)))
+    assert all(row["features"] != "decoder" for row in alone["rows"])
+    encoded = Brightness.encode
+    sizes = []
+    model.encode = lambda samples: sizes.append(len(samples)) or encoded(model, samples)
+    result = vqa.compare(model, Brightness(0.0), vqa.Options(str(tmp_path)))
+    images = sum(result["settings"]["images"].values())
+    assert sum(sizes) == 8 * (-(-images // 8) + -(-result["settings"]["images"]["test"] // 8))
+    assert len(model.words.shapes) == 1
+    for kind in ("presence", "count", "overall"):
+        assert value(result, "decoder", kind)["accuracy"] == 1
+    assert value(result, "decoder", "count, as written")["accuracy"] < 1  # it says 103 of every lake
+    against = {(each["features"], each["baseline"], each["metric"]): each["difference"] for each in result["paired"]}
+    for baseline in (vqa.QUESTION, vqa.MAJORITY):
+        want = 1 - value(result, baseline, "overall")["accuracy"]
+        assert_allclose(against["decoder", baseline, "overall"], want, atol=1e-12)
+        assert any(note.startswith(f"decoder minus {baseline}, overall") for note in result["notes"])
+    want = value(result, "pre-trained encoder", "overall")["accuracy"] - 1
+    assert_allclose(against["pre-trained encoder", "decoder", "overall"], want, atol=1e-12)
+    shown = scores.rows(result)
+    assert {row.features for row in shown if not row.baseline} == {"pre-trained encoder", "decoder"}
+    assert "(overall) reaches 100.0 %" in scores.summary([result])
 
 
 def value(result, features, method):

@@ -7,12 +7,17 @@ import shutil
 import numpy as np
 import pytest
 
+import skyjax
 from skyjax import cli
+from skyjax.evals import answering
 from skyjax.input import records
 from skyjax.input.tokenizer import train_tokenizer
 from skyjax.train import loop
 
-TEXTS = (("a forest by a river", "trees and water"), ("a town with many roads", "presence\tIs there a tree?\tno"))
+TEXTS = (
+    ("a forest by a river", "trees and water", "presence\tIs there a tree?\tyes"),
+    ("a town with many roads", "presence\tIs there a tree?\tno", "presence\tIs there a road?\tyes"),
+)
 LENGTH = 24
 
 
@@ -72,6 +77,27 @@ def test_captions(run):
     result = evaluate(run, "captions", "--decode=beam")
     assert len(result["said"]) == result["sizes"]["test"]
     assert {row["method"] for row in result["rows"]} >= {"BLEU-1", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr"}
+
+
+def test_questions(run):
+    """The decoder's row is there by itself, and each answer is to its own image and question."""
+    result = evaluate(run, "vqa")
+    assert {row["method"] for row in result["rows"] if row["features"] == "decoder"} == {
+        "presence",
+        "average",
+        "overall",
+    }
+    model, source = skyjax.load(run[0]), records.RecordSource(run[1])
+    samples = [source[0], source[1]]
+    asked = [["Is there a tree?"], ["How many roads are there?", "a river " * 30]]
+    output = model.encode(samples)
+    want = [
+        [model.words.caption(output["fused"][[i]], output["fused_valid"][[i]], questions=[each])[0] for each in every]
+        for i, every in enumerate(asked)
+    ]
+    assert answering.by_decoder(model, model.words, [])(samples, asked) == want
+    assert len({text for every in want for text in every}) > 1
+    assert all(text for every in want for text in every)  # also where the question alone is longer than a row
 
 
 def test_the_report_shows_where_words_look(run):

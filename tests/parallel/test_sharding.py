@@ -11,7 +11,7 @@ import ml_collections
 import pytest
 from jax.sharding import AbstractMesh
 
-from skyjax.models import answers, decoder, lora, text
+from skyjax.models import decoder, lora, text
 from skyjax.parallel import sharding
 from skyjax.parallel.mesh import AXES
 
@@ -66,12 +66,11 @@ def test_everything_that_reads_and_writes_has_a_place():
         {
             **{"dtype": "bfloat16", "scan": True, "remat": "full", "spatial_width": 2816, "fusion": {"width": 1024}},
             **{"text": text.preset("siglip-b", 30_003, pool="query"), "decoder": writer},
-            "answers": {"count": 9, "width": 256},
         }
     )
 
     def init():
-        towers = {"text": text, "decoder": decoder, "answers": answers}
+        towers = {"text": text, "decoder": decoder}
         params = {name: module.init(model, jax.random.key(0)) for name, module in towers.items()}
         return lora.add(params, ".*/(query|up)/kernel", rank=16, key=jax.random.key(1))
 
