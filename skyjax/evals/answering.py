@@ -39,7 +39,7 @@ def by_decoder(model: Encoder, text: Words, known: Iterable[str]) -> Answerer:
     spelled = dict(zip(tokenizer.decode(tokens, valid), answers, strict=True))
 
     def answer(samples: Sequence[Sample], questions: Sequence[Sequence[str]]) -> list[list[str]]:
-        output = model.encode([*samples, *samples[-1:] * (IMAGES - len(samples))])
+        output = model.encode([*samples, *[samples[-1]] * (IMAGES - len(samples))])
         counts = [len(every) for every in questions]
         image, asked = np.repeat(np.arange(len(samples)), counts), list(itertools.chain(*questions))
         said: list[str] = []

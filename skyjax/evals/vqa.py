@@ -310,7 +310,7 @@ def _result(
         exact = accuracies(words == written, kinds, image, draws=draws)
         scores[name] |= {f"{kind}, as written": exact[kind] for kind in _classed_kinds(asked) if kind in exact}
     methods = list(scores[PRETRAINED])
-    paired = [
+    paired: list[dict[str, Any]] = [
         {
             "features": ours,
             "baseline": name,
