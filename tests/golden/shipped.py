@@ -19,7 +19,8 @@ from skyjax.train.plan import abstract_batch
 
 ROOT = pathlib.Path(__file__).parents[2]
 STATES = pathlib.Path(__file__).parent / "state"
-SIZES = ("tiny", "small", "base", "large", "huge")
+# Config -> its sizes.
+SIZES = {"skysense": ("tiny", "small", "base", "large", "huge"), "image_text": ("small", "base")}
 
 
 class Topology(NamedTuple):
@@ -40,14 +41,16 @@ TOPOLOGIES = {
 
 
 def names() -> list[str]:
-    """Of all shipped configs, SkySense once a size: "skysense_huge"."""
+    """Of all shipped configs, those with sizes once a size: "skysense_huge"."""
     files = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-    return [name for file in files for name in ([f"skysense_{s}" for s in SIZES] if file == "skysense" else [file])]
+    return [name for file in files for name in ([f"{file}_{size}" for size in SIZES.get(file, ())] or [file])]
 
 
 def load(name: str, topology: str | None = None) -> ml_collections.ConfigDict:
     """The config of a name, with the mesh rules of a topology."""
-    file, _, size = name.partition("_") if name.startswith("skysense_") else (name, "", "")
+    file, _, size = name.rpartition("_")
+    if file not in SIZES:
+        file, size = name, ""
     return load_config(ROOT / "configs" / f"{file}.py", [f"size={size}"] if size else [], topology)
 
 
