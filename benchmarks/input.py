@@ -43,7 +43,7 @@ from skyjax.sensors import statistics
 
 ROOT = pathlib.Path(__file__).parents[1]
 SITES = ("worldcereal", "worldcereal_monthly", "pastis")
-RECORDS = 256  # the sites again and again: Grain's shuffle takes milliseconds a draw from a handful (docs/findings.md)
+RECORDS = 256  # the sites again and again
 BATCH = 32
 FIELDS = ("values", "days", "valid", "clear", "extent")
 

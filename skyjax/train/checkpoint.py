@@ -6,7 +6,7 @@
 Policy: the newest `keep` stay, and every step that is a multiple of `keep_every` (0: none).
 The notes beside the state (JSON in Orbax's custom metadata): "step", "position" (samples consumed), "seconds" of
 training, "config", "versions", "statistics", "evaluated" (the step of the last evaluation), "bad_samples" until then,
-"records" of each source, "goodput", and what notes.py adds.
+"records" of each source and the "order" that they come in, "goodput", and what notes.py adds.
 """
 
 import contextlib

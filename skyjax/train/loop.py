@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from skyjax import __version__
 from skyjax.config import to_json
 from skyjax.errors import UserError
-from skyjax.input.loader import Loader, device_batches
+from skyjax.input.loader import ORDER, Loader, device_batches
 from skyjax.input.tokenizer import FILE as TOKENIZER
 from skyjax.input.tokenizer import Tokenizer
 from skyjax.input.views import plan_views
@@ -193,6 +193,7 @@ def start(
     shardings = state_shardings(abstract, mesh)
     restored = checkpoint.restore_newest(workdir / checkpoint.FOLDER, with_shardings(abstract, shardings), config)
     notes: checkpoint.Notes = {"step": 0, "position": 0, "evaluated": 0, "bad_samples": 0, "seconds": 0.0}
+    notes["order"] = ORDER
     notes["statistics"] = statistics_table(config.model)
     now = versions()
     if restored:
@@ -206,7 +207,7 @@ def start(
             log.warning("this run was begun with %s; numbers may differ in the last bits", ", ".join(other))
     notes |= {"config": json.loads(to_json(config)), "versions": now}
     share, shares = share_of_batch(mesh)
-    loader = Loader(config, position=notes["position"], process_index=share, process_count=shares)
+    loader = Loader(config, position=notes["position"], order=notes["order"], process_index=share, process_count=shares)
     records = dict(zip((path for path, _ in config.data.sources), loader.sizes, strict=True))
     for path, was in notes.get("records", records).items():
         if was != records.get(path):
@@ -219,6 +220,7 @@ def start(
         files = {"config.json": to_json(config), "versions.json": json.dumps(notes["versions"], indent=1)}
         write_files(workdir, files)
     keep_tokenizer(loader.tokenizer, workdir, notes)
+    loader.begin()  # it reads while the state is made
     if restored:
         return restored[0], loader, notes
     state = states.create(config, mesh)

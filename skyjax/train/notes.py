@@ -7,6 +7,7 @@ checksums of every array and a seal over themselves; and back, brought to today'
 |---|---|
 | 1 | no number. "checksums": sums of words, which do not tell where a word stood |
 | 2 | "format", "seal"; "checksums" know places; "evaluated" and "bad_samples" |
+| 3 | "order": in which the records of small sources come (input/loader.py); without, the one of before |
 """
 
 import json
@@ -21,7 +22,7 @@ from jaxtyping import Array, UInt32
 from skyjax.errors import UserError
 from skyjax.parallel.sharding import path_name
 
-FORMAT = 2
+FORMAT = 3
 Notes = dict[str, Any]
 
 
@@ -51,8 +52,9 @@ def unseal(stored: Mapping[str, Any]) -> Notes:
     number = notes.get("format", 1)
     if not isinstance(number, int) or number < 1:
         raise ValueError(f"its format is {number!r}")
-    # The seal is made alike in all formats to come: "format": 2 with one bit changed is 3 or 6, and damaged.
-    if number >= 2 and notes.pop("seal", None) != _checksum_of(notes):
+    # The seal is made alike in all formats to come: "format": 3 with one bit changed is 1, 2 or 7, and damaged.
+    sealed = number >= 2 or "seal" in notes
+    if sealed and notes.pop("seal", None) != _checksum_of(notes):
         raise ValueError("its notes are not what was written")
     if number > FORMAT:
         raise Refused(
@@ -79,7 +81,12 @@ def _from_1(notes: Notes) -> Notes:
     return {"evaluated": notes["step"], "bad_samples": 0, **notes}
 
 
-MIGRATIONS: dict[int, Callable[[Notes], Notes]] = {1: _from_1}
+def _from_2(notes: Notes) -> Notes:
+    """The run goes on in the order that it began with."""
+    return {"order": 1, **notes}
+
+
+MIGRATIONS: dict[int, Callable[[Notes], Notes]] = {1: _from_1, 2: _from_2}
 
 
 def wrong_arrays(state: Any, notes: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@ import json
 import threading
 import time
 
+import grain
 import jax
 import ml_collections
 import numpy as np
@@ -109,6 +110,30 @@ def test_an_epoch_holds_every_sample_once_and_the_next_has_another_order(folders
     for epoch in epochs:
         assert sorted(epoch) == [(n, 0) for n in range(10)]
     assert len(set(map(tuple, epochs))) == 3
+
+
+def test_the_order_is_what_it_was(folders):
+    """Runs go on in it. 1: Grain's shuffle, here by Grain itself; 2: as written down when it was introduced."""
+    own_seed = int(np.random.SeedSequence((5, 0)).generate_state(1)[0])
+    grains = grain.MapDataset.range(10).shuffle(seed=own_seed).repeat()
+    first = names(take(Loader(config(folders, sources=(("a", 1.0),), batch_size=5), order=1), 6))
+    assert [number for number, _ in first] == [grains[place] for place in range(30)]
+    second = names(take(Loader(config(folders, sources=(("a", 1.0),), batch_size=5), order=2), 4))
+    assert [number for number, _ in second] == [6, 2, 1, 8, 3, 0, 9, 4, 5, 7, 5, 2, 0, 4, 7, 1, 9, 3, 6, 8]
+
+
+def test_sources_of_some_size_have_the_same_order_in_both(tmp_path):
+    write([sample(number % 300, "a") for number in range(1024)], tmp_path / "many")
+    one, other = (take(Loader(config(tmp_path, sources=(("many", 1.0),), batch_size=8), order=n), 2) for n in (1, 2))
+    for a, b in zip(one, other, strict=True):
+        assert_same(a, b)
+
+
+def test_what_was_begun_is_what_comes(folders):
+    loader = Loader(config(folders))
+    loader.begin()
+    for a, b in zip(take(loader, 3), take(Loader(config(folders)), 3), strict=True):
+        assert_same(a, b)
 
 
 def test_sources_are_mixed_by_weight_and_small_ones_start_again(folders):

@@ -187,7 +187,7 @@ def test_a_renamed_checkpoint_is_found(folder, assert_same_bits, caplog):
 
 
 def test_a_later_format_is_refused_and_stays(folder):
-    tamper(folder / "5", format=3)
-    with pytest.raises(notes.Refused, match=r'checkpoint: ".*5" is of format 3, written by skyjax of an unknown'):
+    tamper(folder / "5", format=4)
+    with pytest.raises(notes.Refused, match=r'checkpoint: ".*5" is of format 4, written by skyjax of an unknown'):
         checkpoint.restore_newest(folder, abstract(), make_config())
     assert checkpoint.steps(folder) == [2, 5]

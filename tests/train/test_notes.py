@@ -88,7 +88,8 @@ def test_notes_come_back_from_json():
         {"seal": 5},
         {"more": 1},
         {"format": "2"},
-        {"format": 3},
+        {"format": 1},
+        {"format": notes.FORMAT + 1},
     ],
 )
 def test_notes_that_were_changed_are_seen(change):
@@ -97,9 +98,9 @@ def test_notes_that_were_changed_are_seen(change):
 
 
 def test_a_later_format_is_refused_by_name():
-    later = NOTES | {"format": 3, "versions": {"skyjax": "0.9.0", "git": "0123456789abcdef"}}
+    later = NOTES | {"format": 4, "versions": {"skyjax": "0.9.0", "git": "0123456789abcdef"}}
     with pytest.raises(
-        notes.Refused, match=r"of format 3, written by skyjax 0.9.0 \(0123456789ab\); this one reads up"
+        notes.Refused, match=r"of format 4, written by skyjax 0.9.0 \(0123456789ab\); this one reads up"
     ):
         notes.unseal(later | {"seal": notes._checksum_of(later)})
 
@@ -123,6 +124,7 @@ def test_a_checkpoint_of_format_1_is_read(older):
     wanted = with_shardings(abstract, state_shardings(abstract, mesh))
     state, found = checkpoint.restore_newest(older, wanted, config)
     assert (int(state["step"]), found["position"], found["evaluated"], found["bad_samples"]) == (2, 8, 2, 0)
+    assert found["order"] == 1  # it goes on as it began
     sums = {
         jax.tree_util.keystr(path, simple=True, separator="/"): int(
             np.ascontiguousarray(leaf).view(np.uint32).sum(dtype=np.uint32)
