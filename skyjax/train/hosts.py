@@ -23,9 +23,11 @@ from jaxtyping import Array, Float
 
 from skyjax.errors import EXIT_USER_ERROR, UserError
 from skyjax.parallel.sharding import replicated
+from skyjax.train.preemption import EXIT_PREEMPTED
 
 SLOW = 1.2  # times the median
 COMPILE_SECONDS = 3600  # the watchdog comes first
+BEGIN_SECONDS = 10  # all are there and only have to say so
 NOTABLE = 0.05  # of a step, and
 NOTABLE_SECONDS = 0.01  # what is less delays nobody
 
@@ -103,11 +105,20 @@ class Hosts:
         return None
 
 
-def compile_together(step: Any, *arguments: Any) -> Callable[..., Any]:
+def compile_together(step: Any, *arguments: Any, begin: Callable[[], None]) -> Callable[..., Any]:
     """The jitted step compiled for these arguments, when all processes have done so.
 
     One that finds the program in its cache is ready minutes before the others, and on the CPU the collectives of its
     first step would give the others up after 30 s.
+
+    Until then a process that is asked to stop ends at once, and a step without it would fail. So all agree once more
+    when they have called `begin`, after which none ends by itself; where one is missing, none has taken a step, and
+    this process ends as preempted.
+
+    Args:
+      step: the jitted function.
+      arguments: of its first call.
+      begin: called with peers, when the step is compiled everywhere.
     """
     if jax.process_count() == 1:
         return step
@@ -115,6 +126,12 @@ def compile_together(step: Any, *arguments: Any) -> Callable[..., Any]:
     client = distributed.global_state.client
     assert client is not None, "several processes have a coordinator"
     client.wait_at_barrier("skyjax: compiled", COMPILE_SECONDS * 1000)
+    begin()
+    try:
+        client.wait_at_barrier("skyjax: begin", BEGIN_SECONDS * 1000)  # it is passed by all or by none
+    except jax.errors.JaxRuntimeError:
+        print("skyjax: a process left before the first step: nothing to save", file=sys.stderr, flush=True)
+        os._exit(EXIT_PREEMPTED)
     return compiled
 
 

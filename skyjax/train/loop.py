@@ -157,7 +157,8 @@ def train(
             hosts.ready()
             is_new = step == notes["step"]
             with ledger.measure("compile" if is_new else "step"), profiler.step(step + 1, state):
-                train_step = compile_together(train_step, state, batch) if is_new else train_step
+                if is_new:
+                    train_step = compile_together(train_step, state, batch, begin=preemption.something_to_save)
                 state, metrics = train_step(state, batch)
             step += 1
             preemption.something_to_save()

@@ -186,6 +186,40 @@ loop.jit_step = slow
     assert "[1] skyjax: SIGTERM: nothing to save" in run.output
 
 
+@pytest.mark.parametrize(("barrier", "saved"), [("compiled", False), ("begin", True)])
+def test_sigterm_just_before_the_first_step_ends_all_alike(small, launch, tmp_path, barrier, saved):
+    """To process 1, when all have compiled. Either none takes a step, or all do and save."""
+    workdir = tmp_path / "run"
+    signalled = """
+import pathlib, signal
+from skyjax.train import hosts
+real = hosts.compile_together
+class Client:
+    def wait_at_barrier(self, name, *arguments):
+        if (name, at) == ("skyjax: begin", "begin"):
+            stop()
+        found.wait_at_barrier(name, *arguments)
+        if (name, at) == ("skyjax: compiled", "compiled"):
+            stop()
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+def signalled(*arguments, **options):
+    global found
+    found = hosts.distributed.global_state.client
+    hosts.distributed.global_state.client = Client()
+    compiled = real(*arguments, **options)
+    hosts.distributed.global_state.client = found
+    return compiled
+if me == 1:
+    loop.compile_together = signalled
+"""
+    run = launch(small, workdir, 2, before=COUNTING + f"at = {barrier!r}" + signalled)
+    assert run.wait() == 75, run.output
+    assert bool(checkpoint.steps(workdir / checkpoint.FOLDER)) == saved, run.output
+    assert ("[0] skyjax: a process left before the first step: nothing to save" in run.output) != saved
+
+
 def test_a_killed_process_ends_the_others_and_is_named(small, launch, tmp_path):
     run = launch(small, tmp_path / "run", 2, before=COUNTING, grace=100)
     run.until(lambda: len(run.lines()) > 5)
