@@ -298,7 +298,7 @@ def _objective(sizes: Size, kept: tuple[str, ...]) -> ml_collections.ConfigDict:
                 "temperature": 0.1,
                 "bias": -10.0,  # kind "sigmoid": where it starts
                 "bounds": (0.01, 1.0),  # of the learned temperatures
-                "chunk": 32,  # rows whose scores of all tokens are held at once
+                "chunk": 32,  # rows of a device whose scores of all tokens are held at once
                 "words": {"scales": (1, 2, 3), "group": 16, "sharpness": 0.1, "temperature": 0.1},
             },
             "spread": {"floor": 0.01},

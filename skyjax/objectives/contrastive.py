@@ -11,7 +11,6 @@ was scored is forgotten and scored again for the gradient. Memory is then a bloc
 """
 
 import functools
-import math
 from typing import Any, Literal
 
 import jax
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from skyjax.parallel.sharding import ROWS
+from skyjax.parallel.sharding import ROWS, row_shards
 
 Kind = Literal["softmax", "sigmoid"]
 Form = Literal["dense", "ring"]
@@ -117,9 +116,7 @@ def _negatives(
     # The words of a caption that is not there exclude nothing.
     about_sites = {"site": number, "valid": valid.any(1), "words": jnp.where(valid, words, -1)}
     about_captions = {"site": jnp.repeat(number, k), "valid": valid.reshape(-1), "words": words.reshape(-1)}
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
-    sums = _dense if (form or form_of(b, b * k, shards)) == "dense" else _ring
+    sums = _dense if (form or form_of(b, b * k, row_shards())) == "dense" else _ring
     rows, columns = sums(
         kind,
         jnp.float32(sites),

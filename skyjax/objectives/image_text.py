@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from skyjax.objectives import contrastive, heads
 from skyjax.objectives.heads import Params, unit
 from skyjax.objectives.multigranularity import masked_mean
+from skyjax.parallel.sharding import place_rows, row_shards
 
 KINDS = ("sigmoid", "softmax")
 TERMS = ("text", "words", "caption")
@@ -267,21 +268,24 @@ def grids(
 
 
 def captioning(written: Written, chunk: int) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum and count of -log p(next token), `chunk` rows at a time: each has a score of every token at every place."""
+    """Sum and count of -log p(next token).
+
+    A row has a score of every token at every place, so every device has `chunk` rows at a time.
+    """
 
     def of_chunk(part: Any) -> Array:
-        hidden, targets, counted = part
+        hidden, targets, counted = jax.tree.map(place_rows, part)
         logits = written.scores(hidden).astype(jnp.float32)
         right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(counted, jax.nn.logsumexp(logits, axis=-1) - right, 0))
 
-    rows = len(written.hidden)
+    rows = len(written.hidden) // row_shards()  # of a device
     turns = max(-(-rows // chunk), 1)
     while rows % turns:
         turns += 1
 
     def split(x: Array) -> Array:
-        """Every `turns`-th row makes a part, so that each device has its share of every part."""
+        """Every `turns`-th row makes a part, so that each device has its share of every part, and sends none."""
         return jnp.moveaxis(x.reshape(-1, turns, *x.shape[1:]), 1, 0)
 
     parts = jax.tree.map(split, (written.hidden, written.targets, written.counted))

@@ -179,7 +179,8 @@ def view_images(config: ml_collections.ConfigDict) -> dict[str, tuple[int, dict[
 def training(config: ml_collections.ConfigDict) -> dict[str, dict[str, int]]:
     """Forward FLOPs of a training sample: {"student": {part: FLOPs}, "teacher": {part: FLOPs}}, heads among the parts.
 
-    The student sees every view, the teacher the global ones.
+    The student sees every view, the teacher the global ones. The student alone reads the captions and writes one on the
+    places of one view. What compares images with texts is left out: its cost grows with the batch.
     """
     of_heads = heads(config)
     groups = {name: encoder(config.model, images, sites=views) for name, (views, images) in view_images(config).items()}
@@ -187,7 +188,7 @@ def training(config: ml_collections.ConfigDict) -> dict[str, dict[str, int]]:
     for parts in groups.values():
         for part, count in parts.items():
             student[part] = student.get(part, 0) + count
-    return {"student": student | of_heads, "teacher": groups["global"] | of_heads}
+    return {"student": student | of_heads | _words(config), "teacher": groups["global"] | of_heads}
 
 
 def model_parts(config: ml_collections.ConfigDict) -> dict[str, int]:
@@ -247,6 +248,17 @@ def _stem(part: Any, tokens: int) -> int:
         # 3 x 3 and the shortcut's 2 x 2 from one width to the next, then 3 x 3.
         total += multiply(places, (9 + 4) * inputs, outputs) + multiply(places, 9 * outputs, outputs)
     return total
+
+
+def _words(config: ml_collections.ConfigDict) -> dict[str, int]:
+    """Forward FLOPs of text tower and decoder on the texts of a sample."""
+    model, found = config.model, {}
+    if model.get("text"):
+        found["text"] = text(model.text, config.data.text.length, texts=config.data.text.captions)
+    if model.get("decoder"):
+        places = _grid_cells(model, view_images(config)["global"][1])
+        found["decoder"] = decoder(model, config.data.text.length - 1, places)
+    return found
 
 
 def _paired_maps(config: ml_collections.ConfigDict, stream: str) -> tuple[list[int], list[int]]:

@@ -106,6 +106,12 @@ def place_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(ROWS, *open_axes))
 
 
+def row_shards() -> int:
+    """Parts that rows are split into inside a jitted function; 1 where no mesh is set."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """A batch's first axis over data and fsdp, its other axes whole."""
     return NamedSharding(mesh, PartitionSpec(ROWS))

@@ -1,6 +1,6 @@
 """What the chips of a compiled step send each other, as text: how many collectives of each kind, and their bytes.
 
-Two small configs are compiled by every test run, SkySense at full size by `make goldens full`. libtpu compiles for
+Small configs are compiled by every test run, SkySense at full size by `make goldens full`. libtpu compiles for
 chips that are not here; counts are those of its version, which the text names.
 """
 
@@ -54,16 +54,34 @@ def optical() -> ml_collections.ConfigDict:
     return _small(("optical",), {"data": 1, "fsdp": 2, "tensor": 2})
 
 
+def words() -> ml_collections.ConfigDict:
+    """Images and captions: text tower, decoder, and every comparison of the two, in turns of 4 rows a chip."""
+    overrides = ["modalities=optical", "vocabulary=1024", "batch_size=64", "objective.text.chunk=4"]
+    config = load_config(shipped.ROOT / "configs" / "image_text.py", overrides)
+    config.mesh.update({"data": 2, "fsdp": 2, "tensor": 1})
+    return config
+
+
 def full(name: str) -> Callable[[], ml_collections.ConfigDict]:
     """SkySense at full size with the mesh rules of a topology."""
     return lambda: shipped.load("skysense_huge", name)
 
 
-SMALL = {"sequences": Case(sequences, "v5e:2x2"), "optical": Case(optical, "v5p:2x2x1")}
+def image_text() -> ml_collections.ConfigDict:
+    """Single images of 224 pixels and their captions, at base size and a batch of 32,768."""
+    return load_config(shipped.ROOT / "configs" / "image_text.py", ["size=base", "modalities=optical"])
+
+
+SMALL = {
+    "sequences": Case(sequences, "v5e:2x2"),
+    "optical": Case(optical, "v5p:2x2x1"),
+    "words": Case(words, "v5e:2x2"),
+}
 FULL = {
     "skysense_huge_v5e-16x16": Case(full("v5e:16x16"), "v5e:16x16"),
     "skysense_huge_v5e-16x16-2": Case(full("v5e:16x16*2"), "v5e:16x16", 2),
     "skysense_huge_v5p-4x4x8": Case(full("v5p:4x4x8"), "v5p:4x4x8"),
+    "image_text_base_v5e-16x16": Case(image_text, "v5e:16x16"),
 }
 
 

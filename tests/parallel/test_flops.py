@@ -15,6 +15,7 @@ from skyjax.parallel import flops
 from skyjax.parallel.flops import Images
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "skysense.py"
+IMAGE_TEXT = CONFIG.with_name("image_text.py")
 
 
 def test_a_vit_by_hand():
@@ -208,6 +209,16 @@ def test_a_training_sample_is_all_views_of_the_student_and_the_global_ones_of_th
     assert passes["teacher"]["heads/sar"] == passes["student"]["heads/sar"] == flops.heads(config)["heads/sar"]
     total = 3 * sum(passes["student"].values()) + sum(passes["teacher"].values())
     assert flops.model_flops(config) == total
+
+
+def test_a_training_sample_has_its_texts_read_and_one_written_by_the_student():
+    config = load_config(IMAGE_TEXT, ["size=base", "modalities=optical"])
+    passes = flops.training(config)
+    assert passes["student"]["text"] == flops.text(config.model.text, 64, texts=2)
+    assert passes["student"]["decoder"] == flops.decoder(config.model, 63, 14 * 14)
+    assert not {"text", "decoder"} & passes["teacher"].keys()
+    config.model.decoder = config.model.text = None
+    assert not {"text", "decoder"} & flops.training(config)["student"].keys()
 
 
 def test_products_of_loops_and_of_what_is_computed_again():
