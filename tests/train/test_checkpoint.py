@@ -185,6 +185,28 @@ def test_no_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / checkpoint.FOLDER) == []
 
 
+def memory(name):
+    """Bytes of this process, as the kernel counts them."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the peak is asked of Linux")
+def test_a_save_takes_one_more_copy_of_the_state(tmp_path):
+    """Three arrays of 64 MiB. What is written comes from that copy: were there another, it would be 2."""
+    size = 3 * 2**26
+    state = {f"{number}": jnp.arange(2**24, dtype=jnp.float32) + number for number in range(3)}
+    with checkpoint.CheckpointWriter(tmp_path, types.SimpleNamespace(keep=1, keep_every=0)) as writer:
+        writer.save(jax.tree.map(lambda x: x[:1], state), {"step": 1})  # threads and modules
+        writer.wait()
+        jax.block_until_ready(state)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+        before = memory("VmRSS")
+        writer.save(state, {"step": 2})
+        writer.wait()
+        assert 0.9 < (memory("VmHWM") - before) / size < 1.4
+
+
 def test_no_space_while_writing_is_told(tmp_path):
     """A limit on the size of files stands for the full disk; it comes in the middle of a write, as that does."""
     import resource

@@ -1,5 +1,6 @@
 """The loop: stopped at any step and started again, a run is the run that was never stopped."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,6 +16,9 @@ from real_runs import RealRun, final_state, lines
 
 from skyjax.config import to_json
 from skyjax.errors import UserError
+from skyjax.input.device import prepare
+from skyjax.input.records import RecordSource, write
+from skyjax.sample import Sample
 from skyjax.train import checkpoint, loop, state
 
 
@@ -240,6 +244,36 @@ def test_statistics_of_the_config_stand_in_for_the_sensors(config):
     assert {name: table for name, table in found.items() if name != "sar"} == {
         name: table for name, table in before.items() if name != "sar"
     }
+
+
+def test_sources_of_a_mixture_are_normalised_by_the_statistics_of_their_sensors(tiny_config, sample_records, tmp_path):
+    """Two sources of one sensor and one of another, each image of one value: by hand it is (value - mean) / std."""
+    of_sensor = {"rgb": ((100.0, 90.0, 80.0), (50.0, 40.0, 25.0)), "aerial": ((60.0, 70.0, 10.0), (5.0, 8.0, 2.0))}
+    places = {"pictures": "rgb", "more pictures": "rgb", "flights": "aerial"}
+    optical = RecordSource(sample_records)[0].sequences["optical"]
+    for number, (name, sensor) in enumerate(places.items()):
+        values = np.full_like(optical.values, 40 * number + 10) + np.array((0, 3, 7), np.uint8)
+        sequence = dataclasses.replace(optical, values=values, sensor=sensor, clear=np.ones_like(optical.clear))
+        write([Sample({"optical": sequence}, np.float32([number, 0]), id=name, source=name)], tmp_path / name)
+    config = tiny_config(modalities=("optical",), batch_size=9, data__augment__drop_modality=0.0)
+    with config.unlocked():
+        config.data.sources = tuple((str(tmp_path / name), 1.0) for name in places)
+        config.model.modalities.optical.statistics = {
+            sensor: {"mean": mean, "std": std} for sensor, (mean, std) in of_sensor.items()
+        }
+    loader = loop.Loader(config)
+    batch = next(loader)
+    loader.close()
+    table = loop.statistics_table(config.model)["optical"]
+    views = prepare(batch, statistics={"optical": (table["mean"], table["std"])}, augment=None, seed=config.seed)
+    seen = batch["lonlat"][:, 0].astype(int).tolist()
+    assert sorted(seen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for group in ("global", "local"):
+        images = views[group]["optical"]
+        for values, number in zip(np.asarray(images["values"]), seen, strict=True):
+            mean, std = of_sensor[list(places.values())[number]]
+            want = (np.array((0.0, 3.0, 7.0)) + 40 * number + 10 - mean) / np.array(std)
+            np.testing.assert_allclose(values, np.broadcast_to(want, values.shape), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
