@@ -248,8 +248,9 @@ def _add_export(verbs: Any) -> None:
         "export",
         _export,
         "Writes a checkpoint for others, compares the written file with skyjax, and puts a model card beside it."
-        " skysense: the released names, .pth or .safetensors; safetensors: a folder for skyjax.load; pytorch: a folder"
-        " with a PyTorch module.",
+        " skysense: the encoder by the released names, .pth or .safetensors; safetensors: a folder for skyjax.load,"
+        " with text tower, projections to words, decoder and tokenizer where there are such; pytorch: a folder with a"
+        " PyTorch module, with the same but the decoder.",
         "skyjax export --checkpoint=runs/pretrain_sample --format=safetensors --out=runs/weights",
     )
     export.add_argument(

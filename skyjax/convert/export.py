@@ -1,8 +1,8 @@
 """`skyjax export`: a checkpoint or a weights folder -> files for others, each checked as it is written.
 
-    skysense       X.pth or X.safetensors by the released names (convert/exchange.py)
-    safetensors    a weights folder (train/weights.py)
-    pytorch        a folder with a PyTorch module (convert/pytorch)
+    skysense       X.pth or X.safetensors by the released names (convert/exchange.py); the encoder alone
+    safetensors    a weights folder (train/weights.py), the text side included (train/words_file.py)
+    pytorch        a folder with a PyTorch module (convert/pytorch), of the text side all but the decoder
 
 The written file is read back and compared with skyjax before it is put in place. A MODEL_CARD.md lies beside or in it.
 """
@@ -13,12 +13,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from skyjax.convert import exchange, files, model_card, pytorch, skysense, trial
 from skyjax.convert.importing import say
 from skyjax.convert.released import DEFAULT_WINDOW, default_heads, understand
 from skyjax.errors import UserError, nearest
-from skyjax.train import weights
+from skyjax.train import weights, words_file
 from skyjax.train.pretrained import Pretrained
 
 PYTORCH_AGREES = 1e-5
@@ -93,6 +94,7 @@ def run(checkpoint: pathlib.Path, format: str, out: pathlib.Path) -> dict[str, A
         "format": format,
         "out": str(out),
         "parameters": model_card.parameters(model),
+        "words": model_card.words_parameters(model),
         "step": int(model.step),
         "error": check.error,
         "check": check.sentence,
@@ -104,7 +106,9 @@ def run(checkpoint: pathlib.Path, format: str, out: pathlib.Path) -> dict[str, A
 
 def describe(result: Mapping[str, Any]) -> str:
     """The lines that the command prints."""
-    about = f"{result['out']}: {result['parameters']:,} parameters as {result['format']}"
+    words = result["words"] and result["format"] != "skysense"
+    beside = f" of the encoder, {result['words']:,} of words" if words else ""
+    about = f"{result['out']}: {result['parameters']:,} parameters{beside}, as {result['format']}"
     return "\n".join([about, result["check"], *result["notes"], f"Model card: {result['model_card']}"])
 
 
@@ -160,6 +164,10 @@ def _keeps_leap_day(model: Pretrained) -> bool:
 def _notes_skysense(model: Pretrained) -> list[str]:
     config = model.config.model
     notes = []
+    if model.words is not None:
+        notes.append(
+            "Text tower, projections to words and decoder are left out: released files have no names for them."
+        )
     if config.get("prototypes") is not None:
         notes.append("Geo-prototypes are left out: released files have no names for them.")
     if model.source is None:
@@ -208,11 +216,26 @@ def _check_safetensors(model: Pretrained, path: pathlib.Path) -> Check:
     if not equal:
         raise RuntimeError("the export is not lossless, which is a bug of skyjax")
     error = _compare(model, again)
+    read = _words_read_back(model, again)
+    texts = ", and so do vectors of texts" if read else ""
     sentence = (
-        f"Read back: {len(back)} parameters equal skyjax's in every bit; largest error on random images with missing"
-        f" dates and modalities: {error:.1e}."
+        f"Read back: {len(back) + read} parameters equal skyjax's in every bit{texts}; largest error on random images"
+        f" with missing dates and modalities: {error:.1e}."
     )
-    return Check(error, sentence, {"equal_parameters": len(back)})
+    return Check(error, sentence, {"equal_parameters": len(back) + read})
+
+
+def _words_read_back(model: Pretrained, again: Pretrained) -> int:
+    """How many parameters of words are the same in every bit: all; and so are the vectors of some texts."""
+    if model.words is None or again.words is None:
+        if model.words is not again.words:
+            raise RuntimeError("the export lost its words, which is a bug of skyjax")
+        return 0
+    wrote, read = words_file.listed(model.words), words_file.listed(again.words)
+    equal = wrote.keys() == read.keys() and all(exchange.same(value, read[name]) for name, value in wrote.items())
+    if not equal or not np.array_equal(model.words.encode(trial.TEXTS), again.words.encode(trial.TEXTS)):
+        raise RuntimeError("the export of words is not lossless, which is a bug of skyjax")
+    return len(read)
 
 
 def _write_pytorch(model: Pretrained, path: pathlib.Path) -> None:
@@ -222,11 +245,21 @@ def _write_pytorch(model: Pretrained, path: pathlib.Path) -> None:
 def _check_pytorch(model: Pretrained, path: pathlib.Path) -> Check:
     error = pytorch.check(model, path)
     verdict = "" if error <= PYTORCH_AGREES else f" That is more than the usual {PYTORCH_AGREES:g}."
+    texts = " and on a few texts" if model.words is not None else ""
     sentence = (
-        f"Run by PyTorch and by skyjax in float32 on random images with missing dates and modalities: largest error"
-        f" {error:.1e}.{verdict}"
+        f"Run by PyTorch and by skyjax in float32 on random images with missing dates and modalities{texts}: largest"
+        f" error {error:.1e}.{verdict}"
     )
     return Check(error, sentence)
+
+
+def _notes_pytorch(model: Pretrained) -> list[str]:
+    if model.words is None:
+        return []
+    notes = ["Text tower and projections to words: SkyjaxWords in skyjax_encoder.py."]
+    if model.words.can_caption:
+        notes.append("The decoder is left out: captions and open answers are written by skyjax alone.")
+    return notes
 
 
 def _compare(model: Pretrained, again: Pretrained, leap_day: bool = True) -> float:
@@ -240,5 +273,5 @@ def _compare(model: Pretrained, again: Pretrained, leap_day: bool = True) -> flo
 FORMATS = {
     "skysense": Format(_write_skysense, _check_skysense, _notes_skysense),
     "safetensors": Format(_write_safetensors, _check_safetensors, lambda _: [], marker=weights.NOTES),
-    "pytorch": Format(_write_pytorch, _check_pytorch, lambda _: [], marker=pytorch.MODULE),
+    "pytorch": Format(_write_pytorch, _check_pytorch, _notes_pytorch, marker=pytorch.MODULE),
 }

@@ -21,10 +21,12 @@ from skyjax.sensors import statistics as sensor_statistics
 from skyjax.train.pretrained import Pretrained
 
 NAME = "MODEL_CARD.md"
+FUSED = "fused"
+TOWERS = {"text": "text tower", "decoder": "decoder"}
 
 SIZES: tuple[str, ...] = (
     *("kind", "stem", "patch_size", "image_size", "width", "depths", "depth", "heads", "window", "extra_norm_every"),
-    *("up_factor", "mask_padding"),
+    *("up_factor", "mask_padding", "vocabulary", "length", "causal", "pool", "embed_dim", "tied"),
 )
 USE = {
     "skysense": """\
@@ -49,6 +51,24 @@ features = model({{"multispectral": {{"values": values, "days": days}}}})["poole
 
 Or, with transformers: `AutoModel.from_pretrained("{out}", trust_remote_code=True)`.""",
 }
+# Beside that, where images and texts can be compared.
+WORDS = {
+    "safetensors": """
+
+```python
+alike = model.words.project("fused", features) @ model.words.encode(["a forest", "a town"]).T
+```
+
+`words.safetensors` holds text tower, projections and decoder; `tokenizer.model` is a SentencePiece model.""",
+    "pytorch": """
+
+```python
+from skyjax_encoder import SkyjaxWords  # its texts need sentencepiece
+
+words = SkyjaxWords.from_folder("{out}")
+alike = words.images(model(sites)) @ words.encode(["a forest", "a town"]).T
+```""",
+}
 
 
 def write(pretrained: Pretrained, *, format: str, out: pathlib.Path, check: str, notes: Sequence[str]) -> str:
@@ -70,7 +90,9 @@ def write(pretrained: Pretrained, *, format: str, out: pathlib.Path, check: str,
         version=__version__,
         format=format,
         check=check,
-        use=USE[format].format(out=out.name, container=container),
+        use=(USE[format] + (WORDS.get(format, "") if _meets_words(pretrained) else "")).format(
+            out=out.name, container=container
+        ),
         sensors="\n\n".join(_sensors(m, pretrained.statistics[m], bool(pretrained.source)) for m in modalities),
         parts=_parts(pretrained),
         choices=" ".join([f"Epsilon of the layer norms: {epsilons(pretrained.config.model)}.", *notes]),
@@ -103,16 +125,30 @@ def _about(pretrained: Pretrained, modalities: Sequence[str]) -> str:
     eyes = ", ".join(modalities)
     count = parameters(pretrained)
     made = f"imported from `{pretrained.source['file']}`" if pretrained.source else f"after {pretrained.step:,} steps"
-    return f"An encoder of remote-sensing images ({eyes}), {count:,} parameters, {made}."
+    words = ""
+    if pretrained.words is not None:
+        sides = ", ".join(pretrained.words.streams) or "no side of the images"
+        decoder = " and a decoder that writes" if pretrained.words.can_caption else ""
+        words = f" It was trained with texts: a text tower that {sides} met{decoder}."
+    return f"An encoder of remote-sensing images ({eyes}), {count:,} parameters, {made}.{words}"
+
+
+def _meets_words(pretrained: Pretrained) -> bool:
+    return pretrained.words is not None and FUSED in pretrained.words.streams
 
 
 def parameters(pretrained: Pretrained) -> int:
-    """How many numbers are learned, without the table of geo-prototypes."""
+    """How many numbers the encoder learned, without the table of geo-prototypes."""
+    return _count(pretrained.params)
 
-    def count(tree: Any) -> int:
-        return sum(map(count, tree.values())) if isinstance(tree, Mapping) else tree.size
 
-    return count(pretrained.params)
+def words_parameters(pretrained: Pretrained) -> int:
+    """How many numbers the text side learned: tower, projections, decoder; 0 where there is none."""
+    return 0 if pretrained.words is None else _count(pretrained.words.params) + _count(pretrained.words.head)
+
+
+def _count(tree: Any) -> int:
+    return sum(map(_count, tree.values())) if isinstance(tree, Mapping) else tree.size
 
 
 def _sensors(modality: str, table: Mapping[str, Any], imported: bool) -> str:
@@ -160,6 +196,8 @@ def _parts(pretrained: Pretrained) -> str:
         lines.append(
             f"| geo-prototypes | {prototypes.regions}² regions, {prototypes.count} of width {prototypes.width} |"
         )
+    if pretrained.words is not None:
+        lines += [f"| {title} | {sizes(model[name])} |" for name, title in TOWERS.items() if model.get(name)]
     return "\n".join([*lines, "", f"Common width of all modalities: {model.spatial_width}."])
 
 
@@ -181,7 +219,7 @@ def _data(pretrained: Pretrained) -> str:
         return "Unknown."
     if not isinstance(pretrained.data, list):
         return str(pretrained.data)
-    lines = ["No labels were used.", "", "| data | share | samples | licence | attribution |", "|---|---|---|---|---|"]
+    lines = [_labels(pretrained), "", "| data | share | samples | licence | attribution |", "|---|---|---|---|---|"]
     for row in pretrained.data:
         cells = [
             row.get("title", row["path"]),
@@ -192,6 +230,15 @@ def _data(pretrained: Pretrained) -> str:
     steps, batch = pretrained.step, pretrained.config.get("batch_size")
     lines += ["", f"{steps:,} steps" + (f" of {batch:,} sites each." if batch else ".")]
     return "\n".join(lines)
+
+
+def _labels(pretrained: Pretrained) -> str:
+    if pretrained.words is None:
+        return "No labels were used."
+    made = pretrained.config.data.text.get("from_labels")
+    return "Captions and questions of the samples were read" + (
+        "; where a sample had no caption, captions were made of its labels." if made else ", and no labels."
+    )
 
 
 def _no_licence(data: Any) -> str:

@@ -1,11 +1,13 @@
 """Random images by which an export is compared with skyjax: dates, bands, pixels and modalities are missing in places.
 
-In: an encoder. Out: images in stored units, the encoder as a jitted function, and the measure of a difference.
+In: an encoder. Out: images in stored units, the encoder as a jitted function, and the measure of a difference. For
+words: texts, and their vectors beside those of images.
 """
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +18,17 @@ from skyjax.input.device import normalize
 from skyjax.models import skysense
 from skyjax.sample import MODALITIES, Images
 from skyjax.train.pretrained import Pretrained
+from skyjax.train.words import Words
 
 SITES, DATES = 2, 3
 LEAP_DAY = 18_627  # 31 December 2020, the last day of a leap year
+TEXTS = (
+    "a satellite image of annual crops",
+    "Été 2018 : 12 Forêts, à côté d'une rivière",
+    "",
+    "a time series of mixed forest, pastures and a river " * 20,
+    "林",
+)
 LONLAT = np.array([[11.5, -48.1], [np.nan, 20.0]], np.float32)
 
 
@@ -49,6 +59,22 @@ def encoder(pretrained: Pretrained) -> Callable[[Mapping[str, Images]], Any]:
     return functools.partial(
         _compiled(json.dumps(model, sort_keys=True)), pretrained.params, pretrained.prototypes, tables
     )
+
+
+def vectors(words: Words, output: Mapping[str, Any], streams: Sequence[str]) -> dict[str, np.ndarray]:
+    """Unit vectors of TEXTS, and of an output's sites by each stream; computed in float32."""
+    config = words.config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.dtype = "float32"
+    own = dataclasses.replace(words, config=config)
+    found = {"text": own.encode(TEXTS)}
+    for stream in streams:
+        features = np.asarray(output["pooled"])
+        if stream != "fused":
+            spatial, valid = (np.asarray(output[name][stream], np.float32) for name in ("spatial", "spatial_valid"))
+            features = np.einsum("bthwd,bthw->bd", spatial, valid) / np.maximum(valid.sum((1, 2, 3)), 1)[:, None]
+        found[stream] = own.project(stream, features)
+    return found
 
 
 def largest_error(want: Any, got: Any) -> float:

@@ -118,6 +118,12 @@ class Tokenizer:
             texts.append(self._pieces.decode(plain))
         return texts
 
+    @property
+    def rules(self) -> dict[str, Any]:
+        """What the file does not tell: ids that open, close and fill a row, and how texts are folded before."""
+        ids = {"bos": self.bos, "eos": self.eos, "pad": self.pad}
+        return {**ids, "lower_case": self._uncased, "strip_accents": self._plain}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model as it was read, so that it can travel with what was trained on it."""
         pathlib.Path(path).write_bytes(self._model)

@@ -20,7 +20,7 @@ from skyjax.input.tokenizer import Tokenizer
 from skyjax.models import skysense
 from skyjax.models.listed import from_listed, to_listed
 from skyjax.sample import Sample
-from skyjax.train import checkpoint, weights
+from skyjax.train import checkpoint, weights, words_file
 from skyjax.train import state as states
 from skyjax.train.words import Words
 
@@ -39,7 +39,7 @@ class Pretrained:
         model does not use are under "tensors"; None for an encoder of our own.
       data: what it was trained on: the config's list of sources, or words; None where unknown.
       licence: of the weights, in words; None where unknown.
-      words: the text side of a run that was trained with texts; None for others.
+      words: the text side of what was trained with texts; None for others.
     """
 
     config: ml_collections.ConfigDict
@@ -81,6 +81,7 @@ class Pretrained:
             source=found.source,
             data=found.data,
             licence=found.licence,
+            words=None if found.words is None else words_file.load(folder, found.config, found.words),
         )
 
     @classmethod
@@ -122,10 +123,13 @@ class Pretrained:
         return to_listed(jax.tree.map(np.asarray, self.params))  # numpy first: jax would copy each layer
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes a weights folder (train/weights.py), which `load` reads, into a folder that is there."""
+        """Writes a weights folder (train/weights.py), with its words, into a folder that is there; `load` reads it."""
         kept = {name: getattr(self, name) for name in ("config", "statistics", "step", "source", "data", "licence")}
         table = None if self.prototypes is None else np.asarray(self.prototypes)
-        weights.save(pathlib.Path(folder), weights.Weights(self.listed(), prototypes=table, **kept))
+        words = None if self.words is None else self.words.tokenizer.digest
+        weights.save(pathlib.Path(folder), weights.Weights(self.listed(), prototypes=table, words=words, **kept))
+        if self.words is not None:
+            words_file.save(pathlib.Path(folder), self.words)
 
     def encode(
         self, samples: Sample | Sequence[Sample], *, size: Mapping[str, tuple[int, int]] | None = None

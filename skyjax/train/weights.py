@@ -3,7 +3,8 @@
     FOLDER/model.safetensors    float32, every layer by itself under its listed name (models/listed.py); where the model
                                 has geo-prototypes, their table too, as "prototypes.table"
     FOLDER/skyjax.json          {"format": 1, "skyjax": version, "config": ..., "statistics": ..., "step": int,
-                                "source": what a released file had besides or null, "data": ..., "licence": ...}
+                                "source": what a released file had besides or null, "data": ..., "licence": ...,
+                                "words": SHA-256 of the tokenizer where there is a text side (words_file.py), or null}
     FOLDER/source.safetensors   only after an import: the released file's tensors that the model does not use
 
 `skyjax import` and `skyjax export --format=safetensors` write it, `skyjax.load` reads it.
@@ -13,7 +14,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -57,6 +58,7 @@ class Weights:
       source: what a released file was like (convert/released.py), its unused tensors under "tensors"; or None.
       data: what it was trained on, in words or as the config's list; None where unknown.
       licence: of the weights, in words.
+      words: digest of the tokenizer where a text side lies beside (train/words_file.py); None where there is none.
     """
 
     listed: Mapping[str, np.ndarray]
@@ -67,6 +69,7 @@ class Weights:
     source: Mapping[str, Any] | None = None
     data: Any = None
     licence: str | None = None
+    words: str | None = None
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -90,6 +93,7 @@ def save(folder: pathlib.Path, weights: Weights) -> None:
         "source": source,
         "data": weights.data,
         "licence": weights.licence,
+        "words": weights.words,
     }
     (folder / NOTES).write_text(json.dumps(notes, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -106,8 +110,9 @@ def load(folder: pathlib.Path) -> Weights:
         statistics = check_statistics(notes["statistics"])
         if not isinstance(config.model, ml_collections.ConfigDict):
             raise ValueError("its model is no group of values")
-        if not isinstance(notes.get("step", 0), int) or not isinstance(notes.get("source"), dict | None):
-            raise ValueError("step or source is of another kind")
+        kinds = (("step", 0, int), ("source", None, dict | None), ("words", None, str | None))
+        if not all(isinstance(notes.get(name, usual), kind) for name, usual, kind in kinds):
+            raise ValueError("step, source or words is of another kind")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'"{folder / NOTES}" is not what was written: {error}; copy it anew') from error
     tensors = read_safetensors(folder / WEIGHTS)
@@ -126,6 +131,7 @@ def load(folder: pathlib.Path) -> Weights:
         source,
         notes.get("data"),
         notes.get("licence"),
+        notes.get("words"),
     )
 
 
@@ -218,12 +224,21 @@ def check(
       UserError: the config contradicts itself; or arrays are missing, left over, or of another shape or type.
     """
     wanted = shapes(model)
-    found = {name: (value.shape, value.dtype.name) for name, value in listed.items()}
     prototypes = model.get("prototypes")
     if prototypes is not None:
         wanted[TABLE] = ((prototypes.regions**2, prototypes.count, prototypes.width), "float32")
-    if table is not None:
-        found[TABLE] = (table.shape, table.dtype.name)
+    hold(listed if table is None else {**listed, TABLE: table}, wanted, path)
+
+
+def hold(
+    arrays: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[tuple[int, ...], str]], path: pathlib.Path
+) -> None:
+    """Holds a file's arrays to the shapes and types that are wanted.
+
+    Raises:
+      UserError: arrays are missing, left over, or of another shape or type; it lists them.
+    """
+    found = {name: (value.shape, value.dtype.name) for name, value in arrays.items()}
     problems = {
         "missing": sorted(wanted.keys() - found.keys()),
         "left over": sorted(found.keys() - wanted.keys()),
@@ -255,8 +270,17 @@ def zeros(model: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
 @functools.lru_cache(maxsize=8)  # tracing a model takes a second, and a file is checked more than once
 def _zeros(model: str) -> dict[str, np.ndarray]:
     config = ml_collections.ConfigDict(json.loads(model))
+    return listed_zeros(lambda key: skysense.init(config, key))
+
+
+def listed_zeros(init: Callable[[jax.Array], Any]) -> dict[str, np.ndarray]:
+    """Listed name -> zeros of the shape that `init` would give a parameter; nothing is allocated.
+
+    Raises:
+      UserError: values of its config contradict each other.
+    """
     try:
-        abstract = jax.eval_shape(lambda key: skysense.init(config, key), jax.random.key(0))
+        abstract = jax.eval_shape(init, jax.random.key(0))
         return to_listed(jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), abstract))
     except Exception as error:  # models know nothing of configs, and raise what they like
         raise UserError(f"config: {str(error) or type(error).__name__}") from error

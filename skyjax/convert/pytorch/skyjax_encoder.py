@@ -1,5 +1,5 @@
 # Part of skyjax. SPDX-License-Identifier: Apache-2.0
-"""The encoder of a skyjax export in PyTorch. This one file needs PyTorch and safetensors, nothing else.
+"""A skyjax export in PyTorch. This one file needs PyTorch and safetensors; texts need sentencepiece besides.
 
     from skyjax_encoder import SkyjaxEncoder
 
@@ -7,6 +7,11 @@
     out = model({"multispectral": {"values": values, "days": days}})
     out["fused"]                                                     # (b, H, W, d): one feature a place
     out["pooled"]                                                    # (b, d): one feature a site
+
+and of a model that was trained with texts
+
+    words = SkyjaxWords.from_folder("FOLDER")                        # words.safetensors and tokenizer.model besides
+    words.images(out) @ words.encode(["a forest", "a town"]).T       # (b, 2): how alike
 
 In: the images of `b` sites, one sequence a modality ("optical", "multispectral", "sar"; `model.modalities` says which).
 Out: features of every date and modality, and of all of them together. Letters in shapes: `b` sites, `t` dates, `h w`
@@ -19,6 +24,7 @@ import collections
 import json
 import math
 import pathlib
+import unicodedata
 
 import torch
 import torch.nn.functional as F
@@ -298,9 +304,12 @@ class TransformerLayer(nn.Module):
         self.rate = rate
 
     def forward(self, x, mask=None, queries=None):
-        """(n, tokens, d) and (n, tokens) which of them may be looked at -> the first `queries` of them, or all."""
+        """(n, tokens, d) and which of them may be looked at -> the first `queries` of them, or all.
+
+        `mask` is (n, tokens), the same for all, or (n, tokens, tokens), for each its own.
+        """
         query, key, value = self.attention.split(self.norm1(x), queries)
-        visible = None if mask is None else mask[:, None, None, :]
+        visible = None if mask is None else mask[:, None, None] if mask.ndim == 2 else mask[:, None]
         gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         x = x[:, :queries] + self.attention.join(gathered)
         return x + drop_path(self.feed_forward(self.norm2(x)), self.rate, self.training)
@@ -608,3 +617,161 @@ class Prototypes(nn.Module):
         found = F.scaled_dot_product_attention(query, bank, bank).view(*fused.shape[:3], -1)
         found = torch.where(known[:, None, None, None], found, 0).to(fused.dtype)
         return self.out(torch.cat([fused, found], dim=-1))
+
+
+# Words.
+
+
+class SkyjaxWords(nn.Module):
+    """The text tower, and the projections by which images meet texts: unit vectors of both, compared by their products.
+
+    Attributes:
+      streams: the image sides that met words in training: "fused", or modalities.
+      kind: "softmax" or "sigmoid". By the first, texts of which one is right have the probabilities
+        softmax(product / temperature); by the second a text is right with sigmoid(product / temperature + bias).
+      temperature, bias: of these.
+    """
+
+    def __init__(self, config):
+        """`config`: what config.json holds; parameters are fresh."""
+        super().__init__()
+        words = config["words"]
+        self.text = TextTower(words["text"])
+        width = words["text"]["embed_dim"]
+        self.streams = nn.ModuleDict({name: nn.Linear(n, width, bias=False) for name, n in words["streams"].items()})
+        self.kind, self.temperature, self.bias = words["kind"], words["temperature"], words["bias"]
+        self.tokenizer = Tokenizer(words["tokenizer"], words["length"])
+
+    @classmethod
+    def from_folder(cls, folder):
+        """The words of an export, in evaluation mode."""
+        folder = pathlib.Path(folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not config.get("words"):
+            raise ValueError(f"{folder} holds a model that was trained without texts")
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(load_file(folder / "words.safetensors"), strict=True, assign=True)
+        model.tokenizer.path = folder / "tokenizer.model"
+        return model.eval()
+
+    def forward(self, tokens, valid):
+        """(n, l) ids and which of them are there -> (n, e) unit vectors; 0 for a text without any."""
+        device = self.text.positions.device
+        tokens, valid = torch.as_tensor(tokens, device=device).long(), torch.as_tensor(valid, device=device)
+        return unit(torch.where(valid.any(1, keepdim=True), self.text(tokens, valid)["embedding"].float(), 0))
+
+    def encode(self, texts):
+        """A list of strings -> (n, e) unit vectors; 0 for a blank one."""
+        return self(*self.tokenizer(texts))
+
+    def images(self, output, stream="fused"):
+        """What `SkyjaxEncoder` gives -> (b, e) unit vectors of the sites, as `stream` sees them."""
+        if stream not in self.streams:
+            raise ValueError(f"{stream} never met words; these did: {', '.join(self.streams)}")
+        features = output["pooled"]
+        if stream != "fused":
+            features, valid = output["spatial"][stream].float(), output["spatial_valid"][stream].float()
+            count = valid.sum((1, 2, 3)).clamp(min=1)[:, None]
+            features = torch.einsum("bthwd,bthw->bd", features, valid) / count
+        return unit(self.streams[stream](features.to(self.text.positions.dtype)).float())
+
+
+def unit(vectors):
+    """Vectors at length one; a zero vector stays zero."""
+    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-8)
+
+
+class TextTower(nn.Module):
+    """A pre-norm transformer over learned positions, pooled to one vector a text, and a projection."""
+
+    def __init__(self, part):
+        super().__init__()
+        width, heads, depth = part["width"], part["heads"], part["depth"]
+        self.tokens = nn.Embedding(part["vocabulary"], width)
+        self.positions = token(part["length"], width)
+        every = rates(part.get("drop_path", 0.0), depth)
+        self.layers = nn.ModuleList(TransformerLayer(width, heads, 1e-6, rate) for rate in every)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pool = QueryPool(width, heads) if part["pool"] == "query" else None
+        self.projection = nn.Linear(width, part["embed_dim"], bias=False)
+        self.mean, self.causal = part["pool"] == "mean", part["causal"]
+
+    def forward(self, tokens, valid):
+        """(n, l) ids, the valid ones first, and which are there -> "tokens" (n, l, d), "embedding" (n, e)."""
+        length = tokens.shape[1]
+        x = self.tokens(torch.where(valid, tokens, 0)) + self.positions[:length]
+        every = torch.ones(length, length, dtype=torch.bool, device=valid.device)
+        # Each sees itself, so that none sees nothing.
+        visible = valid[:, None] & (every.tril() if self.causal else every) | torch.eye(length, device=x.device).bool()
+        for layer in self.layers:
+            x = layer(x, visible)
+        x = self.norm(x)
+        return {"tokens": x, "embedding": self.projection(self.pooled(x, valid))}
+
+    def pooled(self, x, valid):
+        """By a learned query, the mean, or the last valid token, which is the end of the text."""
+        if self.pool is not None:
+            return self.pool(x, valid)
+        count = valid.sum(1, keepdim=True)
+        last = torch.arange(x.shape[1], device=x.device) == count - 1
+        weights = (valid if self.mean else last).float()
+        total = torch.einsum("nl,nld->nd", weights, x.float())
+        return (total / count.clamp(min=1) if self.mean else total).to(x.dtype)
+
+
+class QueryPool(nn.Module):
+    """A learned query gathers the valid tokens, then a feed-forward."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.extra_token = token(width)
+        self.attention = Projections(width, heads)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.feed_forward = feed_forward(width)
+
+    def forward(self, x, valid):
+        """(n, l, d) and (n, l) which are there -> (n, d)."""
+        first = self.extra_token.expand(len(x), 1, -1)
+        key, value = (
+            project(x).unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
+            for project in (self.attention.key, self.attention.value)
+        )
+        query = self.attention.query(first).unflatten(-1, (self.attention.heads, -1)).transpose(1, 2)
+        mask = (valid | ~valid.any(1, keepdim=True))[:, None, None]  # a text without a token gives what means nothing
+        gathered = self.attention.join(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))[:, 0]
+        return gathered + self.feed_forward(self.norm(gathered))
+
+
+class Tokenizer:
+    """Strings -> ids by the export's SentencePiece model, with the rules that stand in config.json.
+
+    Attributes:
+      path: of tokenizer.model.
+    """
+
+    def __init__(self, rules, length):
+        self.rules, self.length = rules, length
+        self.path, self.pieces = None, None
+
+    def __call__(self, texts):
+        """A list of strings -> (n, l) ids and which of them are there: [bos] pieces [eos], then padding."""
+        rows = [self.row(text) for text in texts]
+        length = max(map(len, rows), default=0) or 1
+        lengths = torch.tensor([len(row) for row in rows]).reshape(-1, 1)
+        filled = [row + [self.rules["pad"]] * (length - len(row)) for row in rows]
+        return torch.tensor(filled).reshape(-1, length), torch.arange(length) < lengths
+
+    def row(self, text):
+        """The ids of one text, cut to the length of training; none of a blank one."""
+        if self.pieces is None:
+            import sentencepiece
+
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        if self.rules["lower_case"]:
+            text = text.lower()
+        if self.rules["strip_accents"]:
+            apart = unicodedata.normalize("NFD", text)
+            text = unicodedata.normalize("NFC", "".join(c for c in apart if not unicodedata.combining(c)))
+        ids = self.pieces.encode(text)[: self.length - 2]
+        return [self.rules["bos"], *ids, self.rules["eos"]] if ids else []
