@@ -44,13 +44,13 @@ SMALLEST_SHARE = 0.07  # of a genus that counts as present, as in TreeSatAI's ow
 
 
 def samples(folder: pathlib.Path) -> Iterator[Sample]:
-    """One sample a site, labelled by the genera that are present."""
+    """One sample a site, labelled by the genera that are present and by the share of the area that each has."""
     return FileSamples(list_files(folder, "*.npz"), _site)
 
 
 def label_names(folder: pathlib.Path) -> dict[str, list[str]]:
     """Names of the entries of each label."""
-    return {"genera": list(GENERA)}
+    return {"genera": list(GENERA), "shares": list(GENERA)}
 
 
 def _site(path: pathlib.Path) -> Sample:
@@ -84,10 +84,11 @@ def _site(path: pathlib.Path) -> Sample:
             gsd=10,
             name=path.name,
         )
-    present = {genus for genus, share in about["labels"] if share >= SMALLEST_SHARE}
-    genera = np.array([genus in present for genus in GENERA], np.uint8)
+    share_of = dict(about["labels"])
+    shares = np.array([share_of.get(genus, 0) for genus in GENERA], np.float32)
+    labels = {"genera": (shares >= np.float32(SMALLEST_SHARE)).astype(np.uint8), "shares": shares}
     lonlat = np.array(about["lonlat"], np.float32)
-    return Sample(sequences, lonlat, labels={"genera": genera}, id=path.stem, source="treesatai-ts")
+    return Sample(sequences, lonlat, labels=labels, id=path.stem, source="treesatai-ts")
 
 
 def _scrambled(radar: np.ndarray) -> bool:

@@ -95,7 +95,7 @@ class Sample:
       sequences: modality -> sequence.
       lonlat: degrees, NaN where unknown.
       texts: captions; may be empty.
-      labels: name -> class number, multi-hot vector or (h, w) map; -1 unlabelled.
+      labels: name -> class number, multi-hot vector or (h, w) map; -1 unlabelled. Or a float32 vector of shares.
       id: unique within its source.
       source: name of the collection.
     """

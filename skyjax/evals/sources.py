@@ -156,7 +156,8 @@ def _records(folder: pathlib.Path, sensor: str | None, bands: tuple[str, ...], l
             bad.append(Example(source.name(i), 0, "", functools.partial(source.__getitem__, i)))
             continue
         for name, value in sample.labels.items():
-            labels[name].append((i, sample.id or source.name(i), np.asarray(value)))
+            if np.asarray(value).dtype.kind != "f":  # shares and amounts are no classes
+                labels[name].append((i, sample.id or source.name(i), np.asarray(value)))
     chosen = _choose_label(folder, labels, label)
     found = labels[chosen]
     there: list[tuple[int, str, Any]]

@@ -96,8 +96,8 @@ def decode(record: bytes, *, name: str = "record") -> Sample:
             for modality, told in json.loads(words["sequences"]).items()
         }
         labels = {key.removeprefix("labels/"): array for key, array in arrays.items() if key.startswith("labels/")}
-        if any(label.dtype.kind not in "iub" for label in labels.values()):
-            raise BadRecord("a label is not made of whole numbers")
+        if not all(_is_label(label) for label in labels.values()):
+            raise BadRecord("a label is made neither of whole numbers nor of shares from 0 to 1")
         texts = tuple(json.loads(words["texts"]))
         if not all(isinstance(text, str) for text in texts):
             raise BadRecord("its texts are not a list of strings")
@@ -107,6 +107,12 @@ def decode(record: bytes, *, name: str = "record") -> Sample:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         raise BadRecord(f"{name} is truncated or corrupt ({len(record):,} bytes): {reason[:200]}") from error
+
+
+def _is_label(value: np.ndarray) -> bool:
+    if value.dtype.kind in "iub":
+        return True
+    return value.dtype == np.float32 and value.ndim == 1 and bool(np.all((value >= 0) & (value <= 1)))
 
 
 def _parse(record: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -1,5 +1,6 @@
 """Every builder on the real files in data/sample, against the arrays in those files read by numpy alone."""
 
+import dataclasses
 import datetime
 import json
 import pathlib
@@ -12,6 +13,7 @@ import rasterio.transform
 from numpy.testing import assert_allclose, assert_array_equal
 
 from skyjax.input.build import load_builder
+from skyjax.input.captions import captions
 from skyjax.sensors import get_sensor
 
 DATA = pathlib.Path(__file__).parents[2] / "data"
@@ -136,6 +138,17 @@ def test_triples_mask_and_labels(built):
     module = load_builder(DATA / "triples.py")
     names = module.label_names(DATA)["genera"]
     assert [names[i] for i in np.flatnonzero(sample.labels["genera"])] == ["Betula", "Picea"]  # Quercus has 4 %
+    told = dict(json.loads((DATA / "sample" / "triples" / f"{sample.id}.json").read_text())["labels"])
+    shares = {names[i]: sample.labels["shares"][i] for i in np.flatnonzero(sample.labels["shares"])}
+    assert shares == {genus: np.float32(share) for genus, share in told.items()}
+    of_shares = captions(
+        dataclasses.replace(sample, labels={"shares": sample.labels["shares"]}),
+        {"shares": names},
+        seed=0,
+        number=16,
+        metadata=False,
+    )
+    assert any("73 % birch" in text and "10 % spruce" in text for text in of_shares)
 
 
 def test_worldcereal(built):

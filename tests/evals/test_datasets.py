@@ -294,7 +294,9 @@ def test_records_with_class_numbers(tmp_path):
 
 
 def test_records_with_flags(tmp_path):
-    samples = [record_sample(i, {"cover": np.array([i % 2, i % 3 == 0, 1], np.int8)}) for i in range(20)]
+    flags = [np.array([i % 2, i % 3 == 0, 1], np.int8) for i in range(20)]
+    # Beside them shares, which are no classes.
+    samples = [record_sample(i, {"cover": cover, "shares": cover / np.float32(3)}) for i, cover in enumerate(flags)]
     records.write(samples, tmp_path / "set")
     data = open_dataset(str(tmp_path / "set"))
     assert data.labels.shape == (20, 3)

@@ -1,5 +1,6 @@
 """Records: what goes in comes out, from outside skyjax too, and everything that can be wrong with them is named."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -32,6 +33,7 @@ def make_sample(number=0):
         rng.normal(-15, 4, (3, 6, 6, 2)).astype(np.float32), "sentinel1-grd", ("VV", "VH"), days=np.array([9, 7, 7])
     )
     labels = {"class": np.array(number, np.int32), "map": rng.integers(-1, 5, (6, 6)).astype(np.int16)}
+    labels["shares"] = np.array([0, 0.25, 0.75], np.float32)
     lonlat = np.array([9.9, 52.1], np.float32)
     return Sample({"optical": optical, "sar": sar}, lonlat, ("ein Wald, grün",), labels, f"site-{number}", "somewhere")
 
@@ -299,3 +301,10 @@ def test_disk_full_leaves_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(r"could not be written: .*File too large.*; is the disk full\?", done.stdout)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [[0.5, 1.5], [np.nan], [[0.5]]])
+def test_fractions_that_are_no_shares_are_refused(value):
+    sample = dataclasses.replace(make_sample(), labels={"height": np.array(value, np.float32)})
+    with pytest.raises(BadRecord, match="neither of whole numbers nor of shares"):
+        records.decode(records.encode(sample))

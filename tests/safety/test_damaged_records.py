@@ -32,7 +32,7 @@ def make_sample():
         rng.integers(1, 255, (1, 8, 8, 3), np.uint8), "rgb", ("red", "green", "blue"), days=np.array([9])
     )
     sar = make_sequence(rng.normal(-15, 4, (3, 4, 4, 2)).astype("f"), "sentinel1-grd", ("VV", "VH"), days=np.arange(3))
-    labels = {"class": np.array(1, np.int32), "map": np.ones((4, 4), np.int16)}
+    labels = {"class": np.array(1, np.int32), "map": np.ones((4, 4), np.int16), "shares": np.ones(3, np.float32)}
     return Sample(
         {"optical": optical, "sar": sar}, np.array([9.9, 52.1], np.float32), ("a wood",), labels, "one", "here"
     )
