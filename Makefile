@@ -21,10 +21,13 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	@touch $@
 
 # Records from the real files in data/sample, one folder a source; EuroSAT is a folder of class folders.
-records: $(SOURCES:%=$(RECORDS)/%/dataset.json) $(RECORDS)/eurosat/dataset.json
+records: $(SOURCES:%=$(RECORDS)/%/dataset.json) $(RECORDS)/eurosat/dataset.json $(RECORDS)/rsvqa_lr/train/dataset.json
 
 $(RECORDS)/eurosat/dataset.json: data/class_folder.py | env
 	$(BIN)/skyjax data build --source=$< --input=data/sample/eurosat_rgb/train --out=$(@D)
+
+$(RECORDS)/rsvqa_lr/train/dataset.json: data/rsvqa.py | env
+	$(BIN)/skyjax data build --source=$< --input=data/sample/rsvqa_lr --out=$(RECORDS)/rsvqa_lr
 
 $(RECORDS)/%/dataset.json: data/%.py | env
 	$(BIN)/skyjax data build --source=$< --input=data/sample/$* --out=$(@D)
