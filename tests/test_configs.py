@@ -16,6 +16,7 @@ from skyjax.models.parameters import PAPER, parts
 from skyjax.parallel import flops
 from skyjax.parallel.mesh import AXES
 from skyjax.parallel.sharding import SMALL, state_shardings
+from skyjax.train import plan as plans
 from skyjax.train import state as states
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -150,3 +151,18 @@ def test_time_series_has_every_key_and_every_parameter_its_rules():
     assert every - set(keys(config)) == set()
     encoder = states.abstract(config)["params"]["encoder"]  # refuses a parameter that no rule or that two rules name
     assert encoder["fusion"]["dates"].shape == (366, 48)
+
+
+def test_image_text_of_plain_images_of_one_s_own():
+    path = ROOT / "configs" / "image_text.py"
+    config = load_config(path, ["modalities=optical", "pixels=96", "sources=a/train,b"])
+    assert config.data.sources == (("a/train", 0.5), ("b", 0.5))
+    assert list(config.model.modalities) == ["optical"]
+    assert (config.model.modalities.optical.patch_size, config.data.global_views.size.optical) == (16, 96)
+    assert config.objective.text.streams == ("fused",)  # which are the optical ones
+    batch = plans.abstract_batch(config, 4)
+    assert batch["global"]["optical"]["values"].shape == (4, 2, 1, 96, 96, 3)
+    assert set(batch["global"]) == {"to_view", "optical"}
+    states.abstract(config)
+    with pytest.raises(UserError, match='size "huge" is not known; it is one of small, base'):
+        load_config(path, ["size=huge"])
