@@ -6,13 +6,13 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import ml_collections
-import tensorboardX
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -38,7 +38,7 @@ class MetricsFiles:
             _drop_lines_beyond(self.path, step)
             self._file = self.path.open("a")
             # The suffix: two starts in one second would write to one file, and the second would empty it.
-            self._tensorboard = tensorboardX.SummaryWriter(
+            self._tensorboard = _tensorboardx().SummaryWriter(
                 str(workdir / "tensorboard"), purge_step=step + 1, filename_suffix=f".from-{step}"
             )
         except OSError as error:
@@ -90,6 +90,19 @@ class MetricsFiles:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _tensorboardx() -> Any:
+    """The package, which would load torch where that is installed: 2 s a start, for tensors that we do not have."""
+    modules: dict[str, Any] = sys.modules
+    is_there = "torch" in modules
+    modules.setdefault("torch", None)  # as if it were not installed
+    try:
+        import tensorboardX
+    finally:
+        if not is_there:
+            del modules["torch"]
+    return tensorboardX
 
 
 def _for_json(values: Mapping[str, float]) -> dict[str, float | None]:

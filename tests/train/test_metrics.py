@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,19 @@ def test_lines_beyond_the_restored_step_are_dropped(tmp_path):
     write(tmp_path, 5, [6, 8, 10])
     assert [line["step"] for line in lines(tmp_path)] == [2, 4, 6, 8, 10]
     assert lines(tmp_path)[2] == {"step": 6, "loss": 3.0, "rank/fused": None}
+
+
+def test_no_start_loads_torch(tmp_path):
+    """Where it is installed, as here, TensorBoard's writer would."""
+    code = """
+import pathlib, sys
+from skyjax.train import loop, metrics
+metrics.MetricsFiles(pathlib.Path(sys.argv[1]), 0)
+print("torch" in sys.modules)
+import torch
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
