@@ -1,12 +1,16 @@
 """What many tests share: the pretrain_sample config shrunk to a size that compiles in seconds, and records for it."""
 
+import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from skyjax.config import load_config
 from skyjax.input import records
@@ -102,6 +106,37 @@ def random_sample(rng, number):
         del sequences[absent]
     lonlat = [(7.0, 50.0), (7.1, 50.1), (-60.0, -3.0), (np.nan, np.nan)][number % 4]
     return Sample(sequences, np.array(lonlat, np.float32), id=f"site {number}", source="random")
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory):
+    """A folder where this test run, its workers and the processes that they start keep what they compiled."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compiled_quickly(compile_cache):
+    """A context: what is compiled here runs for milliseconds, and optimising it would take longer than all tests."""
+
+    @contextlib.contextmanager
+    def context():
+        settings = {
+            "jax_compilation_cache_dir": (None, str(compile_cache)),
+            "jax_persistent_cache_min_compile_time_secs": (1.0, 0.3),
+            "jax_disable_most_optimizations": (False, True),
+        }
+        for name, (_, value) in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        yield
+        for name, (default, _) in settings.items():
+            jax.config.update(name, default)
+        compilation_cache.reset_cache()
+
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,12 @@ TEXTS = (
 LENGTH = 24
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation(compiled_quickly):
+    with compiled_quickly():
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tiny_config, add_words, sample_records, tmp_path_factory):
     """A workdir after one step, and sites of one modality with captions and a class."""
@@ -29,7 +35,9 @@ def run(tiny_config, add_words, sample_records, tmp_path_factory):
     corpus.write_text("\n".join(text.replace("\t", " ") for texts in TEXTS for text in texts * 20))
     tokenizer = train_tokenizer([corpus], 300, folder / "words.model")
     sites = [
-        dataclasses.replace(sample, texts=TEXTS[number % 2], labels={"class": np.array(number % 2)})
+        dataclasses.replace(
+            sample, texts=(f"site {number}", *TEXTS[number % 2]), labels={"class": np.array(number % 2)}
+        )
         for number, sample in enumerate(records.RecordSource(sample_records))
         if "sar" in sample.sequences
     ]

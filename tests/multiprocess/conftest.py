@@ -63,15 +63,6 @@ class Launch:
             raise AssertionError(self.output[-4000:]) from None
 
 
-@pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory):
-    """A folder where the processes of all tests keep what they compiled."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, compile_cache):
     """A function that starts a run of some processes; all that still runs at the end is killed."""
@@ -83,6 +74,7 @@ def launch(tmp_path_factory, compile_cache):
         # Nothing here runs for long: optimising it would take longer than all tests.
         environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "TF_CPP_MIN_LOG_LEVEL": "1"}
         environment |= {"JAX_COMPILATION_CACHE_DIR": str(compile_cache)}
+        environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
         script = RUN.replace("{before}", before).replace("{arguments}", arguments)
         flags = [f"--processes={processes}", f"--devices-per-process={devices}", f"--grace={grace}"]
         command = [sys.executable, "-c", script, str(folder / "config.json"), str(workdir)]

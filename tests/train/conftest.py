@@ -1,12 +1,9 @@
 """One small model, compiled once, for all tests of training."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from skyjax.input.loader import Loader
 from skyjax.parallel.mesh import make_mesh
@@ -18,30 +15,10 @@ STEPS = 30
 PROTOTYPES = {"regions": 16, "count": 16, "width": 256, "momentum": 0.9, "epsilon": 0.05, "iterations": 3}
 
 
-@pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory):
-    """A folder where this test run, its workers and the processes that they start keep what they compiled."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture(scope="package", autouse=True)
-def _quick_compilation(compile_cache):
-    """What is compiled here runs for milliseconds: optimising it would take longer than all tests."""
-    defaults = {
-        "jax_compilation_cache_dir": None,
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-        "jax_disable_most_optimizations": False,
-    }
-    for name, value in zip(defaults, (str(compile_cache), 0.3, True), strict=True):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in defaults.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+def _quick_compilation(compiled_quickly):
+    with compiled_quickly():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -193,9 +193,9 @@ def memory(name):
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="the peak is asked of Linux")
 def test_a_save_takes_one_more_copy_of_the_state(tmp_path):
-    """Three arrays of 64 MiB. What is written comes from that copy: were there another, it would be 2."""
-    size = 3 * 2**26
-    state = {f"{number}": jnp.arange(2**24, dtype=jnp.float32) + number for number in range(3)}
+    """Three arrays of 32 MiB. What is written comes from that copy: were there another, it would be 2."""
+    size = 3 * 2**25
+    state = {f"{number}": jnp.arange(2**23, dtype=jnp.float32) + number for number in range(3)}
     with checkpoint.CheckpointWriter(tmp_path, types.SimpleNamespace(keep=1, keep_every=0)) as writer:
         writer.save(jax.tree.map(lambda x: x[:1], state), {"step": 1})  # threads and modules
         writer.wait()
@@ -222,12 +222,12 @@ def test_no_space_while_writing_is_told(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path):
-    """200 MB: when `save` returns it is not on the disk yet, the state may be given away, and what is kept is the old.
+    """40 MB: when `save` returns it is not on the disk yet, the state may be given away, and what is kept is the old.
 
     At most one is on its way, so that the host holds one copy: the second call returns when the first is there.
     """
     rng = np.random.default_rng(0)
-    whole = rng.integers(0, 2**32, 50_000_000, np.uint32).view(np.float32)  # does not compress
+    whole = rng.integers(0, 2**32, 10_000_000, np.uint32).view(np.float32)  # does not compress
     step = jax.jit(lambda x: jax.lax.bitcast_convert_type(~jax.lax.bitcast_convert_type(x, jnp.uint32), jnp.float32),
                    donate_argnums=0)  # fmt: skip
     values, folder, here = jax.device_put(whole), tmp_path / checkpoint.FOLDER, abstract()["step"].sharding

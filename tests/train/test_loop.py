@@ -87,6 +87,19 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_only(straight, config, quic
     assert_same_bits(final_state(workdir, config), final_state(straight, config))
 
 
+def test_a_run_goes_on_in_the_order_of_small_sources_that_it_began_with(config, straight, quick, tmp_path, monkeypatch):
+    """Here that of the revisions before there was another."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "ORDER", 1)
+        assert loop.train(changed(config, steps=9), whole) == 0
+        assert loop.train(changed(config, steps=4), stopped) == 0
+    assert loop.train(changed(config, steps=9), stopped) == 0
+    first, second, newest = ([line["samples"] for line in lines(run)][:9] for run in (whole, stopped, straight))
+    assert first == second
+    assert first != newest
+
+
 def test_a_finished_run_started_again_does_nothing(straight, config, quick, tmp_path):
     workdir = pathlib.Path(shutil.copytree(straight, tmp_path / "run"))
     reports = []
