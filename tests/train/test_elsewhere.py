@@ -50,6 +50,15 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
+def config(config):
+    """One modality: where arrays lie is in question, not what is computed of them."""
+    small = changed(config)
+    with small.unlocked():
+        del small.model.modalities.sar
+    return small
+
+
+@pytest.fixture(scope="module")
 def descent(config, tmp_path_factory):
     """What each mesh found."""
     folder = tmp_path_factory.mktemp("descent")
