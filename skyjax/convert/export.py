@@ -94,7 +94,7 @@ def run(checkpoint: pathlib.Path, format: str, out: pathlib.Path) -> dict[str, A
         "format": format,
         "out": str(out),
         "parameters": model_card.parameters(model),
-        "words": model_card.words_parameters(model),
+        "words": 0,  # parameters of the text side that the format carries
         "step": int(model.step),
         "error": check.error,
         "check": check.sentence,
@@ -106,8 +106,7 @@ def run(checkpoint: pathlib.Path, format: str, out: pathlib.Path) -> dict[str, A
 
 def describe(result: Mapping[str, Any]) -> str:
     """The lines that the command prints."""
-    words = result["words"] and result["format"] != "skysense"
-    beside = f" of the encoder, {result['words']:,} of words" if words else ""
+    beside = f" of the encoder, {result['words']:,} of words" if result["words"] else ""
     about = f"{result['out']}: {result['parameters']:,} parameters{beside}, as {result['format']}"
     return "\n".join([about, result["check"], *result["notes"], f"Model card: {result['model_card']}"])
 
@@ -222,7 +221,7 @@ def _check_safetensors(model: Pretrained, path: pathlib.Path) -> Check:
         f"Read back: {len(back) + read} parameters equal skyjax's in every bit{texts}; largest error on random images"
         f" with missing dates and modalities: {error:.1e}."
     )
-    return Check(error, sentence, {"equal_parameters": len(back) + read})
+    return Check(error, sentence, {"equal_parameters": len(back) + read, "words": model_card.words_parameters(model)})
 
 
 def _words_read_back(model: Pretrained, again: Pretrained) -> int:
@@ -250,7 +249,8 @@ def _check_pytorch(model: Pretrained, path: pathlib.Path) -> Check:
         f"Run by PyTorch and by skyjax in float32 on random images with missing dates and modalities{texts}: largest"
         f" error {error:.1e}.{verdict}"
     )
-    return Check(error, sentence)
+    words = {} if model.words is None else pytorch.words_state_dict(model.words)
+    return Check(error, sentence, {"words": sum(value.size for value in words.values())})
 
 
 def _notes_pytorch(model: Pretrained) -> list[str]:

@@ -18,7 +18,7 @@ from skyjax.train.words import Words
 
 WORDS = 4  # of a text, those that look most narrowly
 CELLS = 8  # a side of the grid that they look at, or as many as the features have
-_SHORTEST = 3  # letters of a piece that is worth a picture
+_SHORTEST = 3  # letters of a word that is worth a picture
 _DARKEST = 0.2
 
 
@@ -44,12 +44,13 @@ def look(model: Worded, text: Words, samples: Sequence[Sample], texts: Sequence[
     except UserError:
         return []
     found = []
-    for sample, told, (pieces, shares) in zip(samples, texts, seen, strict=True):
+    for sample, told, (said, shares) in zip(samples, texts, seen, strict=True):
         image = pictures.portrait(sample, modality)
-        words = {piece: share for piece, share in zip(pieces, shares, strict=True) if len(piece) >= _SHORTEST}
-        narrow = sorted(words, key=lambda piece: -float(words[piece].max()))[:WORDS]
-        shown = [(piece, pictures.data_uri(lit(image, words[piece]))) for piece in pieces if piece in narrow]
-        found.append({"text": told, "words": [["", pictures.data_uri(image)], *map(list, dict(shown).items())]})
+        plain = [word.strip(".,;:!?") for word in said]
+        words = {word: share for word, share in zip(plain, shares, strict=True) if len(word) >= _SHORTEST}
+        narrow = sorted(words, key=lambda word: -float(words[word].max()))[:WORDS]
+        shown = [[word, pictures.data_uri(lit(image, share))] for word, share in words.items() if word in narrow]
+        found.append({"text": told, "words": [["", pictures.data_uri(image)], *shown]})
     return found
 
 

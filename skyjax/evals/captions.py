@@ -128,7 +128,7 @@ def compare(model: words.Worded, options: Options) -> dict[str, Any]:
         "settings": {
             "split": captioned.split,
             "image_size": {m: list(size) for m, size in captioned.sizes.items()},
-            "pooling": f"fused features of each place, decoded by {options.decode}",
+            "pooling": f"fused features of each place, written by the decoder ({options.decode})",
             "scores": "pycocoevalcap, texts by the PTB tokenizer without punctuation; CIDEr is of 10",
             "interval": f"95 %, bootstrap over images, {RESAMPLES} draws; METEOR's is of the images' mean",
             "seed": options.seed,

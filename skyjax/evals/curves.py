@@ -45,6 +45,21 @@ LEVELS = {
         "Pushes neighbouring features apart; lower is more spread out.",
         "rising steadily while the effective rank falls.",
     ),
+    "text": (
+        "Images and captions",
+        "Of all captions in the batch, is the site's own the nearest, and the other way round?",
+        "flat after the warm-up: no word says which image it was told of.",
+    ),
+    "words": (
+        "Words and places",
+        "Do the words of a caption find more of what they say in its own site than in a few others?",
+        "flat after the warm-up: words look everywhere alike.",
+    ),
+    "caption": (
+        "Captions written",
+        "What the decoder gives for the next token of a caption or an answer: -log of its probability.",
+        "falling as before while captions (skyjax eval --task=captions) stay the same for all images.",
+    ),
 }
 PACE = {
     "learning_rate": ("Learning rate", "Warm-up, then cosine decay.", "a shape that you did not set."),

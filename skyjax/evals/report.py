@@ -315,14 +315,14 @@ def _probes(run: Run) -> str:
     if not run.probes:
         return _gone("No probe yet: run skyjax eval on this directory, or look for a missing or unreadable probe.json.")
     parts = [
-        '<p class="lead">Frozen features, a small classifier on top, tested once. The dot is the accuracy, the bar'
-        " its 95 % bootstrap interval, the dashed line the best baseline of that method. <b>Bad:</b> a blue bar that"
-        " touches the dashed line or lies left of it: training added nothing that the baseline doesn't know.</p>"
+        '<p class="lead">Frozen features, tested once, by a small classifier on top or by words. The dot is the value,'
+        " the bar its 95 % bootstrap interval, the dashed line the best baseline of that method. <b>Bad:</b> a blue bar"
+        " that touches the dashed line or lies left of it: training added nothing that the baseline doesn't know.</p>"
     ]
     for result in run.probes:
         task = str(result.get("task", ""))
         parts.append(f'<h3>{escape(scores.title(result))} <span class="quiet">{escape(task)}</span></h3>')
-        together = [other for other in run.probes if scores.title(other) == scores.title(result)]
+        together = [other for other in run.probes if scores.comparable(other) == scores.comparable(result)]
         parts.append(scores.details(result) + scores.probe_table(result, together))
         parts.append(gallery.label_sheet(result) + scores.class_table(result) + word_gallery.sheet(result))
     return "".join(parts)

@@ -17,18 +17,22 @@ from skyjax.evals.probe import OURS, PRETRAINED
 from skyjax.train.loop import write_files
 
 PROBES = "probe.json"  # in a run's directory
-MAX_CLASSES = 40  # in a confusion matrix
+MAX_CLASSES = 40  # in a table or a confusion matrix
+MOST_NOTES = 3  # that stand open
+# Tasks whose numbers are beside no other task's.
+OWN_NUMBERS = {"zero_shot": "zero-shot", "retrieval": "retrieval", "captions": "captions", "vqa": "questions"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of a probe's table; value and interval in percent."""
+    """One line of a probe's table; value and interval in percent, or, where `unit` is empty, scores of 100."""
 
     features: str
     method: str
     value: float
     low: float
     high: float
+    unit: str = " %"
 
     @property
     def baseline(self) -> bool:
@@ -62,21 +66,24 @@ def keep_probe(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 def rows(result: Mapping[str, Any]) -> list[Row]:
     """The rows of one result; a row without an interval gets its value as both ends."""
     found = []
+    unit = "" if result.get("metric") == "score" else " %"  # BLEU and CIDEr are no shares
     for row in result.get("rows") or ():
         value = row.get("accuracy")
         if isinstance(value, int | float):
             low, high = (100 * float(row.get(end, value)) for end in ("low", "high"))
-            found.append(Row(str(row.get("features", "")), str(row.get("method", "")), 100 * float(value), low, high))
+            found.append(
+                Row(str(row.get("features", "")), str(row.get("method", "")), 100 * float(value), low, high, unit)
+            )
     return found
 
 
 def best_rows(results: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Row | None, Row | None]]:
-    """What was probed -> the run's best row and the best baseline, over all tasks and methods on it."""
+    """What was probed -> the run's best row and the best baseline, over all tasks and methods that compare."""
     by_dataset: dict[str, list[Row]] = {}
     for result in results:
         # Of metrics that cannot be compared with each other, one speaks for all.
         chosen = [row for row in rows(result) if row.method == result.get("headline", row.method)]
-        by_dataset.setdefault(title(result), []).extend(chosen)
+        by_dataset.setdefault(comparable(result), []).extend(chosen)
     return {
         dataset: (
             max((row for row in every if not row.baseline), key=lambda row: row.value, default=None),
@@ -125,8 +132,8 @@ def class_table(result: Mapping[str, Any]) -> str:
     shares, method = _class_shares(result)
     if not shares:
         return ""
-    lines = []
-    for number, (name, share) in enumerate(shares.items(), 1):
+    lines, left = [], len(shares) - MAX_CLASSES
+    for number, (name, share) in enumerate(list(shares.items())[:MAX_CLASSES], 1):
         bar = f'<span class="track"><span style="width:{100 * share:.1f}%"></span></span>'
         lines.append(
             f'<tr><td class="number">{number}</td><th scope="row">{escape(name)}</th><td class="bar">{bar}</td>'
@@ -135,7 +142,7 @@ def class_table(result: Mapping[str, Any]) -> str:
     table = (
         f'<table class="class"><caption>{PRETRAINED} by class, {escape(method)}</caption><thead><tr>'
         '<th class="number">#</th><th>Class</th><th></th><th class="number">Right</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table>"
+        f"<tbody>{''.join(lines)}</tbody></table>" + (f'<p class="details">and {left} more</p>' if left > 0 else "")
     )
     counts = np.asarray(result.get("confusion") or np.empty((0, 0)), np.float64)
     if counts.shape != (len(shares), len(shares)) or len(shares) > MAX_CLASSES:
@@ -162,8 +169,15 @@ def details(result: Mapping[str, Any]) -> str:
     words += [f"{count:,} {part}" for part, count in (result.get("sizes") or {}).items()]
     settings = result.get("settings") or {}
     words += [f"{key}: {settings[key]}" for key in ("pooling", "split") if settings.get(key)]
-    notes = "".join(f"<br>Note: {escape(str(note))}." for note in result.get("notes") or ())
-    return f'<p class="details">{escape("; ".join(words))}{notes}</p>' if words or notes else ""
+    prompts = list((result.get("prompts") or {}).values())
+    words += [f'asked as "{prompts[0]}" and in other words'] if prompts else []
+    notes = [f"Note: {escape(str(note))}." for note in result.get("notes") or ()]
+    if not words and not notes:
+        return ""
+    lines = "<br>".join([escape("; ".join(words)), *notes[:MOST_NOTES]])
+    more = notes[MOST_NOTES:]
+    rest = f"<details><summary>{len(more)} more notes</summary><p>{'<br>'.join(more)}</p></details>" if more else ""
+    return f'<div class="details"><p>{lines}</p>{rest}</div>'
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -173,6 +187,12 @@ def title(result: Mapping[str, Any]) -> str:
     return (pathlib.PurePath(path).name or path) + (f", {label}" if label else "")
 
 
+def comparable(result: Mapping[str, Any]) -> str:
+    """What a reader calls it, with the task where its numbers are of another kind than a classifier's on features."""
+    task = str(result.get("task", ""))
+    return title(result) + (f" ({OWN_NUMBERS[task]})" if task in OWN_NUMBERS else "")
+
+
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
     """A sentence for each dataset: the best row beside the best baseline, and what their intervals allow to say."""
     sentences = []
@@ -180,7 +200,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> str:
         if ours and theirs:
             sentences.append(
                 f"On {dataset} its best probe ({ours.method}) reaches {_with_interval(ours)}, {verdict(ours, theirs)}"
-                f" the best baseline, {theirs.features}: {_percent(theirs.value)} ({_range(theirs)})."
+                f" the best baseline, {theirs.features}: {theirs.value:.1f}{theirs.unit} ({_range(theirs)})."
             )
         elif ours:
             sentences.append(
@@ -190,7 +210,7 @@ def summary(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _with_interval(row: Row) -> str:
-    return f"{_percent(row.value)} (95 % interval {_range(row)})"
+    return f"{row.value:.1f}{row.unit} (95 % interval {_range(row)})"
 
 
 def _range(row: Row) -> str:
@@ -205,8 +225,9 @@ def _row(row: Row, axis: Sequence[float], best: float | None) -> str:
     kind = "baseline" if row.baseline else "ours"
     title = f"{row.features}, {row.method}: {_with_interval(row)}"
     bar = interval(row.value, row.low, row.high, axis, colour=kind, title=title, best=None if row.baseline else best)
+    value = f"{row.value:.1f}{row.unit}"
     return (
-        f'<tr class="{kind}"><th scope="row">{escape(row.features)}</th><td class="number">{_percent(row.value)}</td>'
+        f'<tr class="{kind}"><th scope="row">{escape(row.features)}</th><td class="number">{value}</td>'
         f'<td class="number range">{_range(row)}</td><td class="bar">{bar}</td></tr>'
     )
 

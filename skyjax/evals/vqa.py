@@ -352,9 +352,15 @@ def _result(
         },
         "notes": [
             *asked.notes,
-            *(sentence(each, each["features"]) for each in paired if each["baseline"] in (MAJORITY, QUESTION)),
+            *(sentence(each, each["features"]) for each in paired if _told(each)),
         ],
     }
+
+
+def _told(paired: Mapping[str, Any]) -> bool:
+    """Whether a difference stands among the notes; all stand in the result."""
+    in_sum = paired["metric"] in (AVERAGE, OVERALL)
+    return paired["baseline"] in (MAJORITY, QUESTION) and (paired["features"] == PRETRAINED or in_sum)
 
 
 def _interval(values: Float[np.ndarray, "r"], name: str) -> dict[str, float]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+TOLD = 5  # captions of people beside the one that was written
+
 
 def sheet(result: Mapping[str, Any]) -> str:
     """What a result with words has to show."""
@@ -62,7 +64,9 @@ def _captions(examples: Sequence[Mapping[str, Any]], pictures: Mapping[str, str]
         parts.append(f'<h4>{escape(kind.capitalize())} by CIDEr</h4><div class="pairs words">')
         for example in examples:
             if example["kind"] == kind:
-                told = "".join(f"<li>{escape(text)}</li>" for text in example["told"])
+                told = "".join(f"<li>{escape(text)}</li>" for text in example["told"][:TOLD])
+                more = len(example["told"]) - TOLD
+                told += f'<li class="own">and {more} more</li>' if more > 0 else ""
                 image = _picture(pictures.get(str(example["image"])), f"CIDEr {100 * example['cider']:.0f}")
                 said = f'<div class="said">{escape(example["said"]) or "(nothing)"}</div>'
                 parts.append(f'<div class="site">{image}{said}<ul class="found">{told}</ul></div>')

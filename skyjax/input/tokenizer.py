@@ -118,6 +118,17 @@ class Tokenizer:
             texts.append(self._pieces.decode(plain))
         return texts
 
+    def split(self, tokens: ArrayLike) -> list[tuple[str, list[int]]]:
+        """The words of a row of ids, and the places of each word's pieces; special tokens are no words."""
+        row, places = np.asarray(tokens), list[list[int]]()
+        for place, number in enumerate(row.tolist()):
+            if number in (self.pad, self.bos, self.eos) or not 0 <= number < self._pieces.vocab_size():
+                continue
+            if not places or self._pieces.id_to_piece(number).startswith("\u2581"):  # what stands for a space
+                places.append([])
+            places[-1].append(place)
+        return [(self.decode(row[None, own])[0], own) for own in places]
+
     @property
     def rules(self) -> dict[str, Any]:
         """What the file does not tell: ids that open, close and fill a row, and how texts are folded before."""

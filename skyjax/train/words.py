@@ -149,7 +149,9 @@ class Words:
     def look(
         self, fused: Float[np.ndarray, "b h w d"], valid: Bool[np.ndarray, "b h w"], texts: Sequence[str], cells: int
     ) -> list[tuple[list[str], Float[np.ndarray, "l g g"]]]:
-        """Where each token of a text looks: its pieces, and its attention over a grid of `cells` a side of its image.
+        """Where each word of a text looks: the words, and their attention over a grid of `cells` a side of its image.
+
+        That of a word is the mean of its pieces'.
 
         Raises:
           UserError: the model was trained without `objective.weights.words`.
@@ -166,10 +168,9 @@ class Words:
             one = slice(i, i + 1)
             sharpness = self.config.objective.text.words.sharpness
             attention, _ = attend(regions[one], there[one], vectors[one], sharpness)
-            pieces = [self.tokenizer.decode(np.array([[number]]))[0] for number in tokens[i][present[i]]]
-            shares = np.asarray(attention[0, 0, : int(present[i].sum())]).reshape(-1, cells, cells)
-            inner = slice(1, len(pieces) - 1)  # without bos and eos
-            found.append((pieces[inner], shares[inner]))
+            shares = np.asarray(attention[0, 0]).reshape(-1, cells, cells)
+            said = self.tokenizer.split(tokens[i][present[i]])
+            found.append(([word for word, _ in said], np.array([shares[own].mean(0) for _, own in said])))
         return found
 
 

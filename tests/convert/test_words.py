@@ -184,6 +184,18 @@ def test_the_check_of_pytorch_looks_at_words(model, tmp_path):
         assert pytorch.check(model, tmp_path) > 1e-4
 
 
+def test_the_command_tells_what_pytorch_gets(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Pretrained, "load", lambda path: model)
+    assert main(["export", "--checkpoint=run", "--format=pytorch", f"--out={tmp_path / 'out'}"]) == 0
+    out = capsys.readouterr().out
+    count = sum(x.size for x in load_file(tmp_path / "out" / "words.safetensors").values())
+    assert f"{count:,} of words, as pytorch" in out
+    assert "on a few texts: largest error" in out
+    assert "The decoder is left out" in out
+    card = (tmp_path / "out" / "MODEL_CARD.md").read_text()
+    assert 'SkyjaxWords.from_folder("out")' in card
+
+
 def test_pytorch_needs_nothing_of_skyjax(model, tmp_path):
     pytorch.write(model, tmp_path / "folder")
     images = next(iter(trial.cases(model)))["sar"]

@@ -87,6 +87,8 @@ def lines(steps=60):
             "loss/pixel/optical": 6 - step / 30,
             "loss/pixel/fused": 6.1 - step / 30,
             "loss/alignment/optical-sar": 3.0,
+            "loss/text/fused": 5 - step / 40,
+            "loss/caption": 4 - step / 40,
             "loss/novel": 1.0,
             "rank/fused": 1.5 if 20 <= step <= 30 else 6.0,
             "spread/fused": 0.4,
@@ -157,6 +159,8 @@ def test_a_finished_run_has_every_section(page):
     for title in (
         "Pixel level",
         "Alignment between modalities",
+        "Images and captions",
+        "Captions written",
         "Novel",
         "Effective rank",
         "Throughput",

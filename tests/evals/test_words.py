@@ -1,6 +1,8 @@
 """Zero-shot, retrieval and captions with a model that sees the grey level of an image and reads it from a text."""
 
 import argparse
+import base64
+import io
 import json
 import shutil
 
@@ -8,9 +10,10 @@ import ml_collections
 import numpy as np
 import PIL.Image
 import pytest
+from test_report import Page
 
 from skyjax.errors import UserError
-from skyjax.evals import attention, captions, retrieval, scores, words, zero_shot
+from skyjax.evals import attention, captions, extremes, retrieval, scores, words, zero_shot
 from skyjax.evals.report import write_report
 from skyjax.input.captions import prompts
 
@@ -240,6 +243,7 @@ def test_the_report_shows_retrievals_captions_and_where_words_look(found, told, 
     said = {"task": "captions", "dataset": "own.json", "rows": found["rows"][:1], "examples": [example]}
     (tmp_path / "probe.json").write_text(json.dumps([found, said | {"pictures": found["pictures"]}]))
     page = write_report(tmp_path).read_text()
+    Page(tmp_path / "report.html")  # every tag is closed in its order
     for way in ("Image to text", "Text to image"):
         for kind in ("best", "worst"):
             assert f"{way}, {kind}" in page
@@ -248,6 +252,71 @@ def test_the_report_shows_retrievals_captions_and_where_words_look(found, told, 
     assert "Binary codes of 8 bits" in page
     assert "Where words look" in page
     assert all(uri in page for each in found["attention"] for _, uri in each["words"])
+
+
+def test_what_is_told_alike_is_shown_once():
+    """Three sites, two of which are told by the same words; the third is found by everything."""
+    texts = ["a wood", "a sea", "a wood", "a sea", "a road"]
+    owner = np.array([0, 0, 1, 1, 2])
+    unit = np.eye(3, dtype=np.float32)
+    vectors = unit[[0, 1, 0, 1, 2]]
+    images = unit[[0, 1, 2]] + 0.1
+    to_text = extremes.extremes(lambda part: images[part] @ vectors.T, np.arange(3), owner, texts, False)
+    assert len(to_text) == 3
+    for example in to_text:
+        assert len({each["item"] for each in example["found"]}) == 3
+    (first,) = [example for example in to_text if example["query"] == 1]
+    assert [each["item"] for each in first["found"]] == ["a sea", "a wood", "a road"]
+    assert [each["right"] for each in first["found"]] == [True, True, False]
+    to_image = extremes.extremes(lambda part: vectors[part] @ images.T, owner, np.arange(3), texts, True)
+    for kind, count in (("best", 3), ("worst", 0)):  # a site is shown once, be it as the best or as the worst
+        asked = [example["query"] for example in to_image if example["kind"] == kind]
+        assert len(asked) == len(set(asked)) == count
+
+
+def test_numbers_that_do_not_compare_are_told_apart(tmp_path):
+    """Recall, CIDEr and a classifier's accuracy on one set: each has its own sentence, unit and axis."""
+
+    def result(task, metric, ours, theirs, **more):
+        rows = [
+            {"features": features, "method": "m", "accuracy": value, "low": value - 0.01, "high": value + 0.01}
+            for features, value in (("pre-trained encoder", ours), ("something", theirs))
+        ]
+        return {"task": task, "dataset": "a/set", "metric": metric, "rows": rows, **more}
+
+    told = [
+        result("retrieval", "recall", 0.4, 0.1),
+        result("captions", "score", 0.3, 2.5),
+        result("knn", "accuracy", 0.7, 0.6, notes=[f"note <{i}>" for i in range(5)]),
+        result("linear", "accuracy", 0.8, 0.65, per_class={"m": {f"class {i}": 0.5 for i in range(99)}}),
+    ]
+    sentences = scores.summary(told).split(". On")
+    assert [text.removeprefix("On ").split(" its")[0].strip() for text in sentences] == [
+        "set (retrieval)",
+        "set (captions)",
+        "set",
+    ]
+    assert "reaches 40.0 %" in sentences[0]
+    assert "clearly better than" in sentences[0]
+    assert "reaches 30.0 (" in sentences[1]
+    assert "something: 250.0 (" in sentences[1]
+    assert "reaches 80.0 %" in sentences[2]
+    assert "something: 65.0 %" in sentences[2]
+    (tmp_path / "probe.json").write_text(json.dumps(told))
+    page = write_report(tmp_path)
+    text = " ".join(Page(page).text)
+    assert "2 more notes" in text
+    assert "note <4>" in text
+    assert "class 39" in text
+    assert "class 40" not in text
+    assert "and 59 more" in text
+
+
+def test_pictures_of_the_report_are_small(found):
+    for uri in found["pictures"].values():
+        image = PIL.Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+        assert max(image.size) <= 2 * 164
+        assert len(uri) < 60_000
 
 
 def test_a_word_lights_the_cells_that_it_looks_at():

@@ -49,6 +49,16 @@ def test_ids_are_sentencepieces_between_bos_and_eos(words):
     assert words.size == library.vocab_size()
 
 
+def test_pieces_of_one_word_stay_together(words):
+    text = "a forest, UNSEEN 地球 houses"
+    (tokens,), (valid,) = words.encode([text], 64)
+    found = words.split(tokens[valid])
+    assert [word for word, _ in found] == text.split()
+    assert [place for _, places in found for place in places] == list(range(1, valid.sum() - 1))
+    assert len(found[2][1]) > 1
+    assert words.split(tokens[valid][:1]) == []
+
+
 def test_a_long_text_keeps_its_start_and_eos(words):
     whole = words.encode(TEXTS[:1], 64)[0][0]
     tokens, valid = words.encode(TEXTS[:1], 6)

@@ -10,12 +10,13 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import skyjax
+from skyjax.convert import export
 from skyjax.errors import UserError
 from skyjax.input import records
 from skyjax.input.loader import Loader, open_source
 from skyjax.input.texts import questions_of
 from skyjax.input.tokenizer import train_tokenizer
-from skyjax.train import loop, plan
+from skyjax.train import loop, plan, words_file
 from skyjax.train import state as states
 
 TEXTS = {
@@ -147,6 +148,14 @@ def test_a_second_stage_starts_from_the_first_and_leaves_what_is_frozen(run, mod
         # The teacher is an average: of equal numbers too it is equal but for rounding.
         moved = np.abs(value - after[path]).max() > 1e-6
         assert moved == path.endswith(("query/kernel", "value/kernel")), path
+    # An export has the adapters in its kernels, and reads without knowing of them.
+    export.run(tmp_path / "second", "safetensors", tmp_path / "weights")
+    again = skyjax.load(tmp_path / "weights")
+    assert not [name for name in words_file.listed(again.words) if "lora" in name]
+    jax.tree.map(assert_array_equal, again.words.params, later.words.params)
+    texts = ["trees and water", "a forest"]
+    assert_array_equal(again.words.encode(texts), later.words.encode(texts))
+    assert np.abs(again.words.encode(texts) - model.words.encode(texts)).max() > 1e-4
 
 
 def leaves(tree):
