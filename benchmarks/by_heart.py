@@ -39,13 +39,15 @@ def get_config(
     """configs/image_text.py of these optical images, as far as it must change to be asked for what it was told."""
     told = (f"sources={records}", f"tokenizer={tokenizer}", f"vocabulary={vocabulary}")
     config = load_config(BASE, (*told, "modalities=optical", "pixels=96"))
-    config.steps, config.batch_size = 900, 64
-    config.checkpoint.every = 300
+    config.steps, config.batch_size = 450, 64
+    config.checkpoint.every = 200
     config.data.text.captions = 1
-    config.data.text.length = config.model.text.length = config.model.decoder.length = 64
+    config.data.text.length = config.model.text.length = config.model.decoder.length = 96
     config.data.global_views.area = (0.9, 1.0)
     for name in config.data.augment:
         config.data.augment[name] = 0 if name == "date_jitter" else 0.0
+    # The teacher is asked: it may not remember what the student knew before the end.
+    config.optimizer.teacher_momentum, config.optimizer.final_teacher_momentum = 0.95, 0.98
     config.objective.weights.image = 0.0  # what makes images alike is not asked here
     config.objective.weights.caption = 1.0
     return config
@@ -81,7 +83,9 @@ def main() -> None:
     images = records.write(with_own_texts(args.folders), folder).count
     config = get_config(str(folder), args.tokenizer, args.vocabulary)
     start = time.perf_counter()
-    loop.train(config, args.workdir)
+    code = loop.train(config, args.workdir)
+    if code != loop.EXIT_DONE:
+        raise SystemExit(code)
     minutes = (time.perf_counter() - start) / 60
 
     size = config.model.modalities.optical.image_size

@@ -90,7 +90,9 @@ def main() -> None:
             workdir = args.workdir / f"{kind.replace(' ', '-')}-{seed}"
             config = get_config(words, args.records, args.tokenizer, args.vocabulary)
             config.seed = seed
-            loop.train(config, workdir)
+            code = loop.train(config, workdir)
+            if code != loop.EXIT_DONE:
+                raise SystemExit(code)
             for title, value in probes(workdir, seed, pathlib.Path(args.records)).items():
                 values.setdefault(title, {}).setdefault(kind, []).append(value)
     rows: dict[str, Any] = {}

@@ -86,9 +86,9 @@ def _site(path: pathlib.Path) -> Sample:
         )
     share_of = dict(about["labels"])
     shares = np.array([share_of.get(genus, 0) for genus in GENERA], np.float32)
-    labels = {"genera": (shares >= np.float32(SMALLEST_SHARE)).astype(np.uint8), "shares": shares}
+    present = (shares >= np.float32(SMALLEST_SHARE)).astype(np.uint8)
     lonlat = np.array(about["lonlat"], np.float32)
-    return Sample(sequences, lonlat, labels=labels, id=path.stem, source="treesatai-ts")
+    return Sample(sequences, lonlat, labels={"genera": present, "shares": shares}, id=path.stem, source="treesatai-ts")
 
 
 def _scrambled(radar: np.ndarray) -> bool:

@@ -157,6 +157,16 @@ class Pretrained:
         encoder = _compiled(json.dumps(self.config.model.to_dict(), sort_keys=True))
         return jax.tree.map(np.asarray, encoder(self.params, images, tables, lonlat, self.prototypes))
 
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors (n, e) of texts, in the space that `words.project` puts images in.
+
+        Raises:
+          UserError: the model has no text tower.
+        """
+        if self.words is None:
+            raise UserError("this model has no text tower; train one with model.text (configs/image_text.py)")
+        return self.words.encode(list(texts))
+
 
 def _words(found: pathlib.Path, config: ml_collections.ConfigDict, teacher: Mapping[str, Any]) -> Words:
     """The text side; the run's own tokenizer lies two folders above a checkpoint."""

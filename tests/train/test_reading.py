@@ -99,6 +99,7 @@ def test_vectors_captions_answers_and_looks(model, config):
     sites = open_source(config.data.sources[0][0])
     output = model.encode([sites[0]])
     vectors = model.words.encode(["a forest by a river", "", "trees and water"], batch_size=2)
+    assert_allclose(model.encode_text(["a forest by a river", "", "trees and water"]), vectors, atol=1e-6)
     assert_allclose(np.linalg.norm(vectors, axis=1), [1, 0, 1], atol=1e-5)
     assert_allclose(np.linalg.norm(model.words.project("fused", output["pooled"]), axis=1), 1, atol=1e-5)
     with pytest.raises(UserError, match="optical"):
