@@ -31,6 +31,8 @@ RESULTS = ROOT / "benchmarks" / "results" / "joint.json"
 PAIRS = "benv2"  # probed, and kept out of training with its like
 UNSEEN = (PAIRS, "bigearthnet")
 TERMS = ("text", "words", "caption")
+# Of the image-text config's weights: there are three streams, and a site's caption is the same for all its pixels.
+SHARE = 0.2
 
 
 def get_config(
@@ -54,7 +56,7 @@ def get_config(
             config.model.text, config.model.decoder = told.model.text, told.model.decoder
             config.objective.text = told.objective.text
             config.objective.text.streams = ("fused", "multispectral", "sar")
-            config.objective.weights.update({term: told.objective.weights[term] for term in TERMS})
+            config.objective.weights.update({term: SHARE * told.objective.weights[term] for term in TERMS})
             for key in ("learning_rate_multipliers", "weight_decay_multipliers"):
                 config.optimizer[key] = told.optimizer[key]
     return config

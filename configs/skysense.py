@@ -42,6 +42,7 @@ MESH_RULES = (
     (r"v5e:.*", {"batch_size": 256}),
     (r"v6e:16x16\*2", _TURNS | {"batch_size": 512}),
     (r"v6e:16x16\*4", _TURNS | {"batch_size": 1024}),
+    (r"v6e:8x8", _TURNS | {"model.fusion.parts": 16}),
     (r"v6e:.*", _TURNS),
     (r"v5p:8x8x8|tpu7x:4x8x8", _KEPT | {"batch_size": 512}),
     (r"v5p:8x8x16|tpu7x:8x8x8", _KEPT | {"batch_size": 1024}),
