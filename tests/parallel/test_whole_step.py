@@ -87,7 +87,8 @@ def check(found, mesh):
         floor = 1e-6 * norm if path in gradients else 0
         largest = max(np.abs(want).max(), floor)
         error = np.abs(np.float64(many[path]) - want).max()
-        assert error <= TOLERANCE * largest, f"{path}: {error:.1e} of {largest:.1e}"
+        times = 2 if "/nu/" in path else 1  # a gradient's square is off by twice its own share
+        assert error <= times * TOLERANCE * largest, f"{path}: {error:.1e} of {largest:.1e}"
 
     terms = [path for path in one if path.startswith("metrics/loss")]
     assert len(terms) > 15
