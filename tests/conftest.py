@@ -139,6 +139,13 @@ def compiled_quickly(compile_cache):
     return context
 
 
+@pytest.fixture(scope="module")
+def quick_compilation(compiled_quickly):
+    """`compiled_quickly` for all of a module that uses it."""
+    with compiled_quickly():
+        yield
+
+
 @pytest.fixture(scope="session")
 def sample_records(tmp_path_factory):
     """A folder of 24 random samples in the real format, all three modalities, some of them missing."""

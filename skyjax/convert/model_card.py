@@ -14,6 +14,7 @@ import numpy as np
 
 from skyjax import __version__
 from skyjax.convert.released import constants
+from skyjax.evals.features import FUSED
 from skyjax.models import fusion, swin_v2, vit
 from skyjax.sample import MODALITIES
 from skyjax.sensors import get_sensor
@@ -21,7 +22,6 @@ from skyjax.sensors import statistics as sensor_statistics
 from skyjax.train.pretrained import Pretrained
 
 NAME = "MODEL_CARD.md"
-FUSED = "fused"
 TOWERS = {"text": "text tower", "decoder": "decoder"}
 
 SIZES: tuple[str, ...] = (

@@ -14,6 +14,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from skyjax.evals.features import pooled
 from skyjax.input.device import normalize
 from skyjax.models import skysense
 from skyjax.sample import MODALITIES, Images
@@ -68,13 +69,7 @@ def vectors(words: Words, output: Mapping[str, Any], streams: Sequence[str]) -> 
         config.model.dtype = "float32"
     own = dataclasses.replace(words, config=config)
     found = {"text": own.encode(TEXTS)}
-    for stream in streams:
-        features = np.asarray(output["pooled"])
-        if stream != "fused":
-            spatial, valid = (np.asarray(output[name][stream], np.float32) for name in ("spatial", "spatial_valid"))
-            features = np.einsum("bthwd,bthw->bd", spatial, valid) / np.maximum(valid.sum((1, 2, 3)), 1)[:, None]
-        found[stream] = own.project(stream, features)
-    return found
+    return found | {stream: own.project(stream, pooled(output, stream, level="spatial")) for stream in streams}
 
 
 def largest_error(want: Any, got: Any) -> float:

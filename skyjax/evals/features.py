@@ -58,13 +58,14 @@ def encoder_features(
         for start in range(0, len(samples), batch_size):
             batch = list(samples[start : start + batch_size])
             output = model.encode(batch + [batch[-1]] * (batch_size - len(batch)))
-            rows.append(_pooled(output, kind, level)[: len(batch)])
+            rows.append(pooled(output, kind, level)[: len(batch)])
         return np.concatenate(rows)
 
     return extract
 
 
-def _pooled(output: Mapping[str, Any], kind: str, level: str) -> Float[np.ndarray, "b d"]:
+def pooled(output: Mapping[str, Any], kind: str, level: str = "encoder") -> Float[np.ndarray, "b d"]:
+    """Means over valid places and dates of what the encoder gives; arguments and errors as in `encoder_features`."""
     if kind == FUSED:
         return np.asarray(output["pooled"], np.float32)
     if kind not in output[level]:

@@ -7,9 +7,9 @@ text tower's features where the checkpoint has one.
 
 Rows: the trained encoder, what the checkpoint's decoder writes where it has one (evals/answering.py), the encoder
 untrained, image statistics, the question without an image, and the answer that is most common for the question's type
-in the training part. Columns: accuracy by type, the mean of types ("average") and
-the share of all questions ("overall"), as RSVQA reports them, on answers classed as there; "as written" is the accuracy
-on a type's answers that were not classed, of which the head knows the most common ones.
+in the training part. Columns: accuracy by type, the mean of types ("average") and the share of all questions
+("overall"), as RSVQA reports them, on answers classed as there; "as written" is the accuracy on a type's answers that
+were not classed, of which the head knows the most common ones.
 """
 
 import argparse

@@ -19,6 +19,8 @@ from skyjax.models import skysense
 from skyjax.train import loop
 from skyjax.train.pretrained import Pretrained
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def trained(config, step=7):
     """A model of our own as if read from a checkpoint; dates and biases are not zero."""
@@ -27,13 +29,6 @@ def trained(config, step=7):
     statistics = loop.statistics_table(config.model)
     data = [list(source) for source in config.data.sources]
     return Pretrained(config, params, statistics, step, prototypes=table, data=data)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

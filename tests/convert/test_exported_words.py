@@ -20,19 +20,14 @@ from skyjax.train import state as states
 from skyjax.train.pretrained import Pretrained
 from skyjax.train.words import Words
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LENGTH = 24
 VARIANTS = {
     "sees both ways, last token": ({"causal": False, "pool": "last"}, "sigmoid", False),
     "causal, mean": ({"causal": True, "pool": "mean", "depth": 2}, "softmax", True),
     "learned query": ({"causal": False, "pool": "query"}, "softmax", True),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,13 @@ from skyjax.input import records
 from skyjax.input.tokenizer import train_tokenizer
 from skyjax.train import loop
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 TEXTS = (
     ("a forest by a river", "trees and water", "presence\tIs there a tree?\tyes"),
     ("a town with many roads", "presence\tIs there a tree?\tno", "presence\tIs there a road?\tyes"),
 )
 LENGTH = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation(compiled_quickly):
-    with compiled_quickly():
-        yield
 
 
 @pytest.fixture(scope="module")
